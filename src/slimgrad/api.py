@@ -1,0 +1,209 @@
+"""The face: exact gradients of any causal model over a sequence of any length, chunk by chunk.
+
+`backward` leaves parameter gradients in `.grad`; `loss` and `token_loss` return tensors to call `.backward()` on;
+`Chunked` is the module that data parallelism wraps; `evaluate` goes forward only. `verify` (in `verification`) says
+whether it is all really exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from slimgrad.call import Call, LossFn, Normalizer, OnChunk, Options, Result, differentiable_losses
+from slimgrad.losses import cross_entropy_sum, token_cross_entropy
+from slimgrad.parallel import refuse_unsynchronised
+from slimgrad.protocol import require_causal_model
+from slimgrad.sweep.gather import Accumulate
+from slimgrad.sweep.schedule import Binomial, Schedule
+
+DEFAULT_CHUNK = 4096
+
+
+def backward(
+    model: nn.Module,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    context: Any = None,
+    chunk: int = DEFAULT_CHUNK,
+    schedule: Schedule | None = None,
+    loss_fn: LossFn | None = None,
+    normalizer: Normalizer = "targets",
+    state: Any = None,
+    final_state_grad: Any = None,
+    on_chunk: OnChunk | None = None,
+    accumulate: Accumulate | None = None,
+) -> Result:
+    """Compute the loss and add its exact gradient to every parameter's `.grad`, in memory of one chunk.
+
+    The gradient is that of `sum over chunks of loss_fn(outputs, targets) / normalizer`, as plain backpropagation over
+    the whole sequence would give it.
+
+    Args:
+        model: a causal model (see `CausalModel`).
+        inputs: a tensor `[batch, time, ...]`, a pytree (dicts, tuples) of them, or a list of such sequences, each of
+            which starts from the initial state (packed documents; 1-D tensors stand for a batch of one).
+        targets: likewise; -100 is ignored. None: the next token, the last having no target.
+        context: passed whole to every chunk as the model's third argument (images, an encoder's output).
+        chunk: tokens whose graph lives at once.
+        schedule: how the states before each chunk are found again; None chooses, and logs the choice.
+        loss_fn: (outputs, targets) -> the sum over a chunk, or a dict with "loss" and additive metrics. Default:
+            cross-entropy in nats.
+        normalizer: "targets" (their count over all sequences), a number, or a 0-d tensor.
+        state: the state to start from instead of `model.initial_state(batch)`.
+        final_state_grad: the gradient of the final state, from whoever goes on with it: the state's tree, with a
+            tensor or None for each leaf.
+        on_chunk: called with an `Event` after every chunk.
+        accumulate: `accumulate(name, gradient)` takes each chunk's gradient of each parameter instead of `.grad`.
+
+    Returns:
+        A `Result`.
+
+    Raises:
+        InputError, ModelError: before any work, or in the first chunk. `.grad` is then as it was.
+        SweepError: where the gradient would not be exact.
+
+    Cost: plain backpropagation plus one forward pass without heads; memory of one chunk's graph, the kept states, the
+    gradients. Source: Algorithm 1, "Sub-Linear Memory: How to Make Performers SLiM".
+
+    Example:
+        >>> result = backward(model, tokens, chunk=1024)    # tokens: [1, 1_000_000]
+        >>> optimizer.step()
+    """
+    refuse_unsynchronised(model)
+    call = Call(
+        model,
+        inputs,
+        targets,
+        Options(context, chunk, schedule, loss_fn or cross_entropy_sum, normalizer, state, on_chunk),
+        gathers=True,
+        accumulate=accumulate,
+        collect_in="reverse",
+    )
+    call.require_something_to_differentiate()
+    final_states: list[Any] = []
+    initial_grads: list[Any] = []
+    for index, gradient in enumerate(call.one_per_sequence(final_state_grad)):
+        started = call.start(index)
+        started.run.forward()
+        initial_grads.append(started.reverse(call.loss_grad, gradient))
+        final_states.append(started.run.final_state)
+    call.deliver()
+    return call.result(final_states, initial_grads)
+
+
+def evaluate(
+    model: nn.Module,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    context: Any = None,
+    chunk: int = DEFAULT_CHUNK,
+    loss_fn: LossFn | None = None,
+    normalizer: Normalizer = "targets",
+    state: Any = None,
+    on_chunk: OnChunk | None = None,
+) -> Result:
+    """The loss alone, forward only, in memory of one chunk's activations without a graph.
+
+    Arguments and result as in `backward`; the gradients of the result are None. The model runs in the mode it is in:
+    call `model.eval()` first to turn dropout off.
+    """
+    options = Options(context, chunk, Binomial(1), loss_fn or cross_entropy_sum, normalizer, state, on_chunk)
+    call = Call(model, inputs, targets, options)
+    final_states = [
+        call.start(index, verify_bits=False).run.forward(losses=True) for index in range(len(call.sequences))
+    ]
+    return call.result(final_states, None)
+
+
+def loss(
+    model: nn.Module,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    context: Any = None,
+    chunk: int = DEFAULT_CHUNK,
+    schedule: Schedule | None = None,
+    loss_fn: LossFn | None = None,
+    normalizer: Normalizer = "targets",
+    state: Any = None,
+    on_chunk: OnChunk | None = None,
+) -> Tensor:
+    """The loss as a scalar tensor: its `.backward()` runs the reverse sweep, from whatever gradient comes in.
+
+    So loss scaling, gradient accumulation and further terms work as with any loss. The forward sweep runs the head,
+    which `backward` need not: this costs one more head per chunk. A second `.backward()` is refused, and so is one
+    after a parameter changed. Arguments as in `backward`; gradients reach parameters, inputs, context and state.
+    """
+    refuse_unsynchronised(model)
+    options = Options(context, chunk, schedule, loss_fn or cross_entropy_sum, normalizer, state, on_chunk)
+    return differentiable_losses(Call(model, inputs, targets, options, gathers=True))[0]
+
+
+def token_loss(
+    model: nn.Module,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    context: Any = None,
+    chunk: int = DEFAULT_CHUNK,
+    schedule: Schedule | None = None,
+    loss_fn: LossFn | None = None,
+    state: Any = None,
+    on_chunk: OnChunk | None = None,
+) -> Tensor | list[Tensor]:
+    """Every token's loss, `[batch, time]`, differentiable: for weights, preferences, means per document.
+
+    Zero where the target is ignored. `loss_fn` returns `[batch, time]` of its chunk. For a list of sequences, a list.
+    Otherwise as `loss`.
+    """
+    refuse_unsynchronised(model)
+    options = Options(context, chunk, schedule, loss_fn or token_cross_entropy, 1, state, on_chunk)
+    call = Call(model, inputs, targets, options, gathers=True, per_token=True)
+    losses = differentiable_losses(call)
+    return list(losses) if call.is_list else losses[0]
+
+
+class Chunked(nn.Module):
+    """A module that returns the loss of a causal model, computed chunk by chunk: what data parallelism wraps.
+
+    `DistributedDataParallel(Chunked(model, chunk=4096))` synchronises each parameter once per step, after the last
+    chunk. With unequal target counts per process, pass `normalizer=total_targets / world_size` to `forward`.
+
+    Args:
+        model: a causal model.
+        chunk, schedule, loss_fn: as in `backward`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        chunk: int = DEFAULT_CHUNK,
+        schedule: Schedule | None = None,
+        loss_fn: LossFn | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = require_causal_model(model)
+        self.chunk, self.schedule, self.loss_fn = chunk, schedule, loss_fn
+
+    def forward(
+        self,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        context: Any = None,
+        normalizer: Normalizer = "targets",
+        state: Any = None,
+    ) -> Tensor:
+        """The loss, as `slimgrad.loss` returns it."""
+        loss_fn = self.loss_fn or cross_entropy_sum
+        options = Options(context, self.chunk, self.schedule, loss_fn, normalizer, state, None)
+        return differentiable_losses(Call(self.model, inputs, targets, options, gathers=True))[0]
+
+    def extra_repr(self) -> str:
+        """The knobs, for `print`."""
+        return f"chunk={self.chunk}, schedule={self.schedule}"

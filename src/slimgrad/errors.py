@@ -1,0 +1,43 @@
+"""Every error that slimgrad raises on purpose.
+
+```
+Exception
+└── SlimgradError
+    ├── InputError(ValueError)       what the caller passed does not fit: shape, dtype, option, file
+    ├── ModelError(TypeError)        the model does not follow the protocol of a causal step
+    └── SweepError(RuntimeError)     the sweep cannot go on and stay exact
+        ├── StateMismatchError       a rebuilt state differs in bits from the one the forward sweep saw
+        ├── NonFiniteError           a NaN or an infinity reached a state
+        └── ConsumedError            a run that was already reversed, or whose parameters changed since
+```
+
+Each message says what was expected, what came, and what to do about it.
+"""
+
+
+class SlimgradError(Exception):
+    """Root of the tree: catch this to catch everything below."""
+
+
+class InputError(SlimgradError, ValueError):
+    """What the caller passed does not fit."""
+
+
+class ModelError(SlimgradError, TypeError):
+    """The model does not follow the protocol of a causal step."""
+
+
+class SweepError(SlimgradError, RuntimeError):
+    """The sweep cannot go on and stay exact."""
+
+
+class StateMismatchError(SweepError):
+    """A rebuilt state differs in bits from the one the forward sweep saw."""
+
+
+class NonFiniteError(SweepError):
+    """A NaN or an infinity reached a state."""
+
+
+class ConsumedError(SweepError):
+    """The run was already reversed, or what it needs has changed since its forward sweep."""

@@ -1,0 +1,46 @@
+"""The default loss: next-token cross-entropy, and how targets are counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slimgrad.errors import InputError
+
+IGNORED = -100
+_COUNT_PIECE = 1 << 16
+
+
+def token_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats per token.
+
+    Args:
+        outputs: logits `[batch, time, classes]`; 16-bit logits are widened to float32 first.
+        targets: `[batch, time]` integers; -100 is ignored.
+
+    Returns:
+        `[batch, time]`, zero where ignored.
+    """
+    if outputs.dim() != 3 or targets.shape != outputs.shape[:2]:
+        raise InputError(
+            f"the default loss expects logits [batch, time, classes] and integer targets [batch, time]; got "
+            f"{list(outputs.shape)} and {list(targets.shape)}. Pass loss_fn= for anything else"
+        )
+    logits = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), ignore_index=IGNORED, reduction="none")
+    return losses.view(targets.shape)
+
+
+def cross_entropy_sum(outputs: Tensor, targets: Tensor) -> Tensor:
+    """`token_cross_entropy` summed over the chunk."""
+    return token_cross_entropy(outputs, targets).sum()
+
+
+def count_targets(targets: Any, batch: int, time: int) -> int:
+    """How many targets are not ignored; for anything but integer targets, every position counts."""
+    if isinstance(targets, Tensor) and not targets.is_floating_point() and not targets.is_complex():
+        return sum(int((piece != IGNORED).sum()) for piece in targets.split(_COUNT_PIECE, dim=1))
+    return batch * time

@@ -1,0 +1,327 @@
+"""Causal linear attention in blocks, with a hand-written backward pass: the default form.
+
+Within a block of c tokens a masked matrix product, across blocks the running state (R, S) before the block:
+
+    num_t = R^T q_t + sum_{j <= t, in block} (q_t . k_j) v_j          y_t = num_t / den_t
+    den_t = S . q_t + sum_{j <= t, in block}  q_t . k_j + eps         (without the normaliser y_t = num_t)
+
+The backward pass (derived in README.md beside this file) runs over the blocks twice: states come from a prefix sum, as
+in the forward pass, and the gradients of k and v from a *suffix* sum of q_t dnum_t^T. Nothing is subtracted, so nothing
+cancels. The glossary is in `parts`.
+
+**Memory.** Saved for backward: q, k, v, y, one denominator per token and head, and the state before: per token and head
+2 M + 2 D + 1 numbers, plus M (D + 1) per head once. Neither the masked scores nor the per-block states are kept: they
+are computed again, a group of blocks at a time, so temporaries besides the gradients are bounded by the group.
+`block_sums` holds n = T / c block sums (as large as k when c = D), until its `Parts` is dropped.
+
+**Time.** 4 (c/2 + c/2 + D/2 + D/2 ...) matrix products: forward 2 (c M + c D + 2 M D) FLOPs per token and head, backward
+2 (3 c M + 2 c D + 5 M D). Serial steps over time: T / c additions.
+
+**Measured** (two threads of an AVX-512 CPU, float32, B = 1, M = D = 64, H = 8 and 16, T = 256, 1024, 8192; forward and
+backward with a state on both sides):
+
+- Contiguous copies of a *group* of blocks, all blocks and heads in one batched product, won. One batched product per
+  block on strided views (no copies) lost by 1.3 to 1.6 times: a copy costs a tenth of a product, and four
+  times as many small operations cost more than that.
+- Groups of 64 matrices (256 tokens at H = 16) were best or level; the whole of T = 8192 as one group lost by up to 1.6
+  times, as its scores leave the cache.
+- Blocks of 64 won; 32 was level within the noise but doubles the states; 128 lost by 1.2 times (its triangle wastes
+  more products), 256 by 1.4.
+- A column of ones appended to v, which would give the denominator for free, lost: products 65 wide run 20% slower.
+- A batched product with one output column is 7 times slower than the same product with one output row: hence `_dot`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .parts import (
+    PAPER_EPS,
+    Features,
+    Parts,
+    State,
+    Values,
+    check_block,
+    check_keys_values,
+    check_query_state,
+    state_dtype,
+    without_autocast,
+)
+
+DEFAULT_BLOCK = 64  # tokens; measured, see above
+GROUP_MATRICES = 64  # blocks times heads in one batched product; measured, see above
+
+
+def block_sums(k: Features, v: Values, *, block: int | None = None, normalize: bool = True) -> Parts:
+    """Sum k v^T (and k) over the chunk, and over each of its blocks.
+
+    Shapes: k ``[B, T, H, M]``, v ``[B, T, H, D]``; ``total`` is ``(R [B, H, M, D], S [B, H, M])``, with S None when
+    ``normalize`` is False; differentiable in k and v. ``block`` is in tokens (None: `DEFAULT_BLOCK`); T need not be a
+    multiple. The bits of ``total`` depend on k, v and block alone: not on grad mode, nor on whether `attend` follows.
+    Raises ValueError on wrong shapes, integer inputs, or block < 1. Cost: O(T M D) time, O(T M D / block) memory.
+    """
+    check_keys_values(k, v)
+    c = check_block(block, DEFAULT_BLOCK)
+    if normalize:
+        R, S, R_blocks, S_blocks = _Sums.apply(k, v, c, True)
+        return Parts(k=k, v=v, total=(R, S), blocks=(R_blocks, S_blocks), block=c)
+    R, R_blocks = _Sums.apply(k, v, c, False)
+    return Parts(k=k, v=v, total=(R, None), blocks=(R_blocks, None), block=c)
+
+
+def attend(q: Features, parts: Parts, before: State, *, eps: float = PAPER_EPS) -> Values:
+    """Return y ``[B, T, H, D]`` in v's dtype, given the state before the chunk.
+
+    ``before`` has the shapes and dtype of ``parts.total`` and takes gradients; ``eps`` is added to the denominator
+    (unused without the normaliser). Raises ValueError where shapes, dtypes or the normaliser do not match. Reverse
+    mode once and forward mode; a second reverse differentiation raises.
+    Cost: O(T (block + D) M) time; memory as in the head of this module.
+    """
+    check_query_state(q, parts, before)
+    if parts.blocks is None:
+        raise ValueError("expected parts with block sums; got parts of another form: use this form's own block_sums")
+    outputs = _Attend.apply(q, parts.k, parts.v, *before, *parts.blocks, eps, parts.block)
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+class _Group(NamedTuple):
+    """Consecutive blocks of one size, computed in one batched product: tokens start..stop, the chunk's blocks first.."""
+
+    start: int
+    stop: int
+    num_blocks: int
+    first: int
+
+
+def _groups(x: Tensor, block: int) -> list[_Group]:
+    """Cut the time axis: full groups, then the blocks that are left, then the tokens that are left as a short block."""
+    B, T, H, _ = x.shape
+    per_group = max(1, GROUP_MATRICES // (B * H))
+    full = T // block
+    groups = [
+        _Group(i * block, min(i + per_group, full) * block, min(per_group, full - i), i)
+        for i in range(0, full, per_group)
+    ]
+    return groups if full * block == T else [*groups, _Group(full * block, T, 1, full)]
+
+
+def _rows(x_BTHX: Tensor, group: _Group) -> Tensor:
+    """View a group's tokens as [blocks, B, H, c, X]."""
+    B, _, H, X = x_BTHX.shape
+    start, stop, n, _ = group
+    return x_BTHX[:, start:stop].view(B, n, (stop - start) // n, H, X).permute(1, 0, 3, 2, 4)
+
+
+def _fold(x_BTHX: Tensor, group: _Group, dtype: torch.dtype) -> Tensor:
+    """Copy a group's tokens as [blocks * B * H, c, X] in the working dtype."""
+    rows = _rows(x_BTHX, group)
+    folded = torch.empty(rows.shape, dtype=dtype, device=rows.device).copy_(rows)
+    return folded.view(-1, rows.shape[3], rows.shape[4])
+
+
+def _running(first: Tensor, parts: Tensor, *, backwards: bool = False) -> tuple[Tensor, Tensor]:
+    """Return for each part ``first`` plus the sum of the parts before it (after it), and the sum that goes on."""
+    sums = torch.empty_like(parts)
+    ordered, slots = list(parts.unbind(0)), list(sums.unbind(0))
+    if backwards:
+        ordered.reverse()
+        slots.reverse()
+    slots[0].copy_(first)
+    for i in range(1, len(slots)):
+        torch.add(slots[i - 1], ordered[i - 1], out=slots[i])
+    return sums, slots[-1] + ordered[-1]
+
+
+def _dot(x_bcM: Tensor, s_bM: Tensor) -> Tensor:
+    """Return x_t . s for each row as [b, c, 1]; one output row, because one output column is slow in a batched product."""
+    return torch.bmm(s_bM.unsqueeze(1), x_bcM.mT).mT
+
+
+class _Sums(torch.autograd.Function):
+    """(k, v) -> totals over the chunk, and the sums of each block (detached)."""
+
+    @staticmethod
+    def forward(k: Tensor, v: Tensor, block: int, normalize: bool) -> tuple[Tensor, ...]:
+        (B, T, H, M), D = k.shape, v.shape[-1]
+        n, dtype = -(-T // block), state_dtype(k, v)
+        R_nNMD = torch.empty(n, B * H, M, D, dtype=dtype, device=k.device)
+        S_nNM = torch.empty(n, B * H, M, dtype=dtype, device=k.device)
+        with without_autocast(k):
+            for group in _groups(k, block):
+                k_bcM, v_bcD = _fold(k, group, dtype), _fold(v, group, dtype)
+                here = slice(group.first, group.first + group.num_blocks)
+                torch.bmm(k_bcM.mT, v_bcD, out=R_nNMD[here].view(-1, M, D))
+                if normalize:
+                    torch.sum(k_bcM, 1, out=S_nNM[here].view(-1, M))
+            R_BHMD = R_nNMD.sum(0).view(B, H, M, D)
+            if not normalize:
+                return R_BHMD, R_nNMD
+            return R_BHMD, S_nNM.sum(0).view(B, H, M), R_nNMD, S_nNM
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        k, v, _, ctx.normalize = inputs
+        ctx.mark_non_differentiable(*output[len(output) // 2 :])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(k, v)
+        ctx.save_for_forward(k, v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        k, v = ctx.saved_tensors
+        dR_BHMD, dS_BHM = grads[0], grads[1] if ctx.normalize else None
+        dk = dv = None
+        with without_autocast(k):
+            if dR_BHMD is not None and ctx.needs_input_grad[0]:
+                dk = v.transpose(1, 2).to(dR_BHMD.dtype) @ dR_BHMD.mT
+            if dS_BHM is not None and ctx.needs_input_grad[0]:
+                dS_BH1M = dS_BHM.unsqueeze(2)
+                dk = dS_BH1M.expand(-1, -1, k.shape[1], -1) if dk is None else dk.add_(dS_BH1M)
+            if dR_BHMD is not None and ctx.needs_input_grad[1]:
+                dv = (k.transpose(1, 2).to(dR_BHMD.dtype) @ dR_BHMD).transpose(1, 2).to(v.dtype)
+        return None if dk is None else dk.transpose(1, 2).to(k.dtype), dv, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, k_t: Tensor | None, v_t: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        k, v = ctx.saved_for_forward
+        dtype = state_dtype(k, v)
+        k_t, v_t = _or_zeros(k_t, k), _or_zeros(v_t, v)
+        with without_autocast(k):
+            k_BHTM, v_BHTD, dk_BHTM, dv_BHTD = (x.transpose(1, 2).to(dtype) for x in (k, v, k_t, v_t))
+            R_t = dk_BHTM.mT @ v_BHTD + k_BHTM.mT @ dv_BHTD
+            return (R_t, dk_BHTM.sum(2), None, None) if ctx.normalize else (R_t, None)
+
+
+class _Attend(torch.autograd.Function):
+    """(q, k, v, before) -> y, and with the normaliser the denominators [B, T, H, 1] (detached)."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        R: Tensor,
+        S: Tensor | None,
+        R_nNMD: Tensor,
+        S_nNM: Tensor | None,
+        eps: float,
+        block: int,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        (B, T, H, M), D = q.shape, v.shape[-1]
+        R_NMD, S_NM = R.reshape(B * H, M, D), None if S is None else S.reshape(B * H, M)
+        y = torch.empty(B, T, H, D, dtype=v.dtype, device=v.device)
+        den = None if S is None else torch.empty(B, T, H, 1, dtype=R.dtype, device=v.device)
+        with without_autocast(q):
+            for group in _groups(q, block):
+                q_bcM, k_bcM, v_bcD = (_fold(x, group, R.dtype) for x in (q, k, v))
+                here = slice(group.first, group.first + group.num_blocks)
+                R_before, R_NMD = _running(R_NMD, R_nNMD[here])
+                P_bcc = torch.bmm(q_bcM, k_bcM.mT).tril_()
+                num_bcD = torch.bmm(q_bcM, R_before.view(-1, M, D)).baddbmm_(P_bcc, v_bcD)
+                y_rows = _rows(y, group)
+                if den is None or S_NM is None or S_nNM is None:
+                    y_rows.copy_(num_bcD.view(y_rows.shape))
+                    continue
+                S_before, S_NM = _running(S_NM, S_nNM[here])
+                den_rows = _rows(den, group)
+                den_bc1 = P_bcc.sum(-1, keepdim=True).add_(_dot(q_bcM, S_before.view(-1, M))).add_(eps)
+                den_rows.copy_(den_bc1.view(den_rows.shape))
+                torch.div(num_bcD.view(y_rows.shape), den_bc1.view(den_rows.shape), out=y_rows)
+        return y if den is None else (y, den)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        q, k, v, R, S, _, _, _, ctx.block = inputs
+        y, den = output if isinstance(output, tuple) else (None, None)
+        if den is not None:
+            ctx.mark_non_differentiable(den)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, R, S, y, den)
+        ctx.save_for_forward(q, k, v, R, S, y, den)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 9
+        with without_autocast(dy):
+            return *_attend_backward(dy, ctx.saved_tensors, ctx.block), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | tuple[Tensor, None]:
+        q, k, v, R, S, y, den = ctx.saved_for_forward
+        with without_autocast(q):
+            num_t, den_t = _tangents((q, k, v, R, S), tangents[:5], ctx.block)
+            if y is None:
+                return num_t.to(v.dtype)
+            return ((num_t - y * den_t) / den).to(v.dtype), None
+
+
+def _states_before_groups(k: Tensor, v: Tensor, R: Tensor, S: Tensor | None, groups: list[_Group]) -> list[State]:
+    """Return the state before each group, [B*H, M, D] and [B*H, M]: the forward prefix, computed again."""
+    B, H, M, D = R.shape
+    R_NMD, S_NM = R.reshape(B * H, M, D), None if S is None else S.reshape(B * H, M)
+    states: list[State] = [(R_NMD, S_NM)]
+    for group in groups[:-1]:
+        whole = group._replace(num_blocks=1)
+        k_NgM, v_NgD = _fold(k, whole, R.dtype), _fold(v, whole, R.dtype)
+        R_NMD = torch.baddbmm(R_NMD, k_NgM.mT, v_NgD)
+        S_NM = None if S_NM is None else S_NM + k_NgM.sum(1)
+        states.append((R_NMD, S_NM))
+    return states
+
+
+def _attend_backward(dy: Tensor, saved: tuple[Any, ...], block: int) -> tuple[Tensor | None, ...]:
+    """Return the gradients of q, k, v, R and S; equations (5) to (9) of README.md."""
+    q, k, v, R, S, y, den = saved
+    (B, H, M, D), dtype = R.shape, R.dtype
+    groups = _groups(q, block)
+    states = _states_before_groups(k, v, R, S, groups)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    G_NMD, H_NM = R.new_zeros(B * H, M, D), None if S is None else R.new_zeros(B * H, M)
+    for group, (R_NMD, S_NM) in zip(reversed(groups), reversed(states), strict=True):
+        n, shape = group.num_blocks, _rows(q, group).shape[:-1]
+        q_bcM, k_bcM, v_bcD, e_bcD = (_fold(x, group, dtype) for x in (q, k, v, dy))
+        w_bc1 = None
+        if den is not None:
+            den_bc1 = _fold(den, group, dtype)
+            e_bcD.div_(den_bc1)
+            w_bc1 = _fold(y, group, dtype).mul_(e_bcD).sum(-1, keepdim=True).neg_()
+        R_before, _ = _running(R_NMD, torch.bmm(k_bcM.mT, v_bcD).view(n, -1, M, D))
+        G_after, G_NMD = _running(G_NMD, torch.bmm(q_bcM.mT, e_bcD).view(n, -1, M, D), backwards=True)
+        R_before, G_after = R_before.view(-1, M, D), G_after.view(-1, M, D)
+        P_bcc = torch.bmm(q_bcM, k_bcM.mT).tril_()
+        dv_bcD = torch.bmm(P_bcc.mT, e_bcD).baddbmm_(k_bcM, G_after)
+        if w_bc1 is None:
+            dP_bcc = torch.bmm(e_bcD, v_bcD.mT).tril_()
+        else:
+            dP_bcc = torch.baddbmm(w_bc1.expand_as(P_bcc), e_bcD, v_bcD.mT).tril_()
+        dq_bcM = torch.bmm(dP_bcc, k_bcM).baddbmm_(e_bcD, R_before.mT)
+        dk_bcM = torch.bmm(dP_bcc.mT, q_bcM).baddbmm_(v_bcD, G_after.mT)
+        if w_bc1 is not None and S_NM is not None and H_NM is not None:
+            S_before, _ = _running(S_NM, k_bcM.sum(1).view(n, -1, M))
+            H_after, H_NM = _running(H_NM, torch.bmm(w_bc1.mT, q_bcM).view(n, -1, M), backwards=True)
+            dq_bcM.addcmul_(w_bc1, S_before.view(-1, 1, M))
+            dk_bcM.add_(H_after.view(-1, 1, M))
+        _rows(dq, group).copy_(dq_bcM.view(*shape, M))
+        _rows(dk, group).copy_(dk_bcM.view(*shape, M))
+        _rows(dv, group).copy_(dv_bcD.view(*shape, D))
+    return dq, dk, dv, G_NMD.view(B, H, M, D), None if H_NM is None else H_NM.view(B, H, M)
+
+
+def _or_zeros(tangent: Tensor | None, primal: Tensor) -> Tensor:
+    return torch.zeros_like(primal) if tangent is None else tangent
+
+
+def _tangents(
+    primals: tuple[Any, ...], tangents: tuple[Tensor | None, ...], block: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return the tangents of numerator and denominator: both are linear in each of q, (k, R, S) and (v, R)."""
+    q, k, v, R, S = primals
+    (B, T, H, M), D, dtype = q.shape, v.shape[-1], R.dtype
+    R_t, S_t = _or_zeros(tangents[3], R), None if S is None else _or_zeros(tangents[4], S)
+    ...
+    raise NotImplementedError

@@ -1,0 +1,98 @@
+"""Where kept states lie: beside the state on its device, in host memory, or in a file. One preallocated slab each.
+
+Kept states scattered over the heap cost more than their bytes (fragmentation) and are slow to release, so tensors of
+one shape and dtype share one slab with as many rows as the schedule has slots. A slab is allocated when its layout
+comes a second time for one leaf of the state; a layout that comes once (the empty window before the first chunk, a
+constant) gets a row of its own.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Layout = tuple[int, torch.Size, torch.dtype, torch.device]
+
+
+@dataclass
+class _Slab:
+    """Rows of one layout: `[rows, ...]`."""
+
+    rows: Tensor
+    free: list[int] = field(default_factory=list[int])
+
+
+@dataclass(frozen=True, eq=False)
+class Handle:
+    """Names one kept tensor."""
+
+    slab: _Slab
+    row: int
+    device: torch.device
+
+
+class Store:
+    """Keeps copies of tensors.
+
+    Args:
+        place: "device", "host", "disk", or the folder for the file that holds the slabs.
+        capacity: how many copies of one leaf are kept at the same time, at most.
+    """
+
+    def __init__(self, place: str | Path, capacity: int) -> None:
+        self._place = place
+        self._capacity = capacity
+        self._slabs: dict[Layout, list[_Slab]] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.nbytes = 0
+
+    def put(self, leaf: int, x: Tensor) -> Handle:
+        """Copy `x`, which is leaf number `leaf` of the state, in."""
+        layout = (leaf, x.shape, x.dtype, x.device)
+        slabs = self._slabs.setdefault(layout, [])
+        if not any(slab.free for slab in slabs):
+            # once: a row of its own. Again: a slab for all that may still come, and never fewer than one
+            rows = 1 if not slabs else max(1, self._capacity - sum(slab.rows.shape[0] for slab in slabs))
+            slab = _Slab(self._allocate(rows, x), list(range(rows)))
+            self.nbytes += slab.rows.nbytes
+            slabs.append(slab)
+        slab = next(slab for slab in slabs if slab.free)
+        row = slab.free.pop()
+        slab.rows[row].copy_(x.detach())
+        return Handle(slab, row, x.device)
+
+    def get(self, handle: Handle) -> Tensor:
+        """The kept tensor, on its own device; on "device" a view of its row, so do not write to it."""
+        return handle.slab.rows[handle.row].to(handle.device)
+
+    def free(self, handle: Handle) -> None:
+        """Give the row back."""
+        handle.slab.free.append(handle.row)
+
+    def close(self) -> None:
+        """Drop every slab, and the files."""
+        self._slabs.clear()
+        self.nbytes = 0
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _allocate(self, rows: int, like: Tensor) -> Tensor:
+        shape = (rows, *like.shape)
+        if self._place == "device":
+            return torch.empty(shape, dtype=like.dtype, device=like.device)
+        if self._place == "host":
+            return torch.empty(shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
+        if self._folder is None:
+            parent = str(self._place) if isinstance(self._place, Path) else None
+            # a slab may still be mapped when the folder goes, which Windows forbids: leave the file then
+            self._folder = tempfile.TemporaryDirectory(prefix="slimgrad-", dir=parent, ignore_cleanup_errors=True)
+        name = str(Path(self._folder.name) / f"{sum(map(len, self._slabs.values()))}-{rows}.slab")
+        num_elements = rows * like.numel()
+        if num_elements == 0:
+            return torch.empty(shape, dtype=like.dtype)
+        return torch.from_file(name, shared=True, size=num_elements, dtype=like.dtype).view(shape)
