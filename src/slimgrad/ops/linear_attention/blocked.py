@@ -64,11 +64,9 @@ def block_sums(k: Features, v: Values, *, block: int | None = None, normalize: b
     """
     check_keys_values(k, v)
     c = check_block(block, DEFAULT_BLOCK)
-    if normalize:
-        R, S, R_blocks, S_blocks = _Sums.apply(k, v, c, True)
-        return Parts(k=k, v=v, total=(R, S), blocks=(R_blocks, S_blocks), block=c)
-    R, R_blocks = _Sums.apply(k, v, c, False)
-    return Parts(k=k, v=v, total=(R, None), blocks=(R_blocks, None), block=c)
+    R, R_blocks, *rest = _Sums.apply(k, v, c, normalize)
+    S, S_blocks = rest or (None, None)
+    return Parts(k=k, v=v, total=(R, S), blocks=(R_blocks, S_blocks), block=c)
 
 
 def attend(q: Features, parts: Parts, before: State, *, eps: float = PAPER_EPS) -> Values:
@@ -140,7 +138,7 @@ def _dot(x_bcM: Tensor, s_bM: Tensor) -> Tensor:
 
 
 class _Sums(torch.autograd.Function):
-    """(k, v) -> totals over the chunk, and the sums of each block (detached)."""
+    """(k, v) -> R, R of each block (detached), and with the normaliser S, S of each block (detached)."""
 
     @staticmethod
     def forward(k: Tensor, v: Tensor, block: int, normalize: bool) -> tuple[Tensor, ...]:
@@ -158,12 +156,12 @@ class _Sums(torch.autograd.Function):
             R_BHMD = R_nNMD.sum(0).view(B, H, M, D)
             if not normalize:
                 return R_BHMD, R_nNMD
-            return R_BHMD, S_nNM.sum(0).view(B, H, M), R_nNMD, S_nNM
+            return R_BHMD, R_nNMD, S_nNM.sum(0).view(B, H, M), S_nNM
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         k, v, _, ctx.normalize = inputs
-        ctx.mark_non_differentiable(*output[len(output) // 2 :])
+        ctx.mark_non_differentiable(*output[1::2])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(k, v)
         ctx.save_for_forward(k, v)
@@ -172,17 +170,17 @@ class _Sums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         k, v = ctx.saved_tensors
-        dR_BHMD, dS_BHM = grads[0], grads[1] if ctx.normalize else None
-        dk = dv = None
+        (B, _, H, M), D = k.shape, v.shape[-1]
+        dR_BHMD, dS_BHM = grads[0], grads[2] if ctx.normalize else None
+        if dR_BHMD is None and dS_BHM is None:
+            return None, None, None, None
+        dR_NMD = k.new_zeros(B * H, M, D, dtype=state_dtype(k, v)) if dR_BHMD is None else dR_BHMD.reshape(B * H, M, D)
+        dS_N1M = None if dS_BHM is None else dS_BHM.reshape(B * H, 1, M)
+        needs_k, needs_v, *_ = ctx.needs_input_grad
         with without_autocast(k):
-            if dR_BHMD is not None and ctx.needs_input_grad[0]:
-                dk = v.transpose(1, 2).to(dR_BHMD.dtype) @ dR_BHMD.mT
-            if dS_BHM is not None and ctx.needs_input_grad[0]:
-                dS_BH1M = dS_BHM.unsqueeze(2)
-                dk = dS_BH1M.expand(-1, -1, k.shape[1], -1) if dk is None else dk.add_(dS_BH1M)
-            if dR_BHMD is not None and ctx.needs_input_grad[1]:
-                dv = (k.transpose(1, 2).to(dR_BHMD.dtype) @ dR_BHMD).transpose(1, 2).to(v.dtype)
-        return None if dk is None else dk.transpose(1, 2).to(k.dtype), dv, None, None
+            dk = _row_products(v, dR_NMD.mT, dS_N1M, k) if needs_k else None
+            dv = _row_products(k, dR_NMD, None, v) if needs_v else None
+        return dk, dv, None, None
 
     @staticmethod
     def jvp(ctx: Any, k_t: Tensor | None, v_t: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -192,7 +190,21 @@ class _Sums(torch.autograd.Function):
         with without_autocast(k):
             k_BHTM, v_BHTD, dk_BHTM, dv_BHTD = (x.transpose(1, 2).to(dtype) for x in (k, v, k_t, v_t))
             R_t = dk_BHTM.mT @ v_BHTD + k_BHTM.mT @ dv_BHTD
-            return (R_t, dk_BHTM.sum(2), None, None) if ctx.normalize else (R_t, None)
+            return (R_t, None, dk_BHTM.sum(2), None) if ctx.normalize else (R_t, None)
+
+
+def _row_products(x: Tensor, A_NXY: Tensor, b_N1Y: Tensor | None, like: Tensor) -> Tensor:
+    """Return x_t A + b for each row, laid out as ``like``; a group of tokens at a time, while they are in the cache."""
+    out = torch.empty_like(like)
+    for group in _groups(x, DEFAULT_BLOCK):
+        whole = group._replace(num_blocks=1)
+        rows = _rows(x, whole)
+        product = torch.bmm(rows.reshape(-1, *rows.shape[-2:]).to(A_NXY.dtype), A_NXY)
+        if b_N1Y is not None:
+            product += b_N1Y
+        out_rows = _rows(out, whole)
+        out_rows.copy_(product.view(out_rows.shape))
+    return out
 
 
 class _Attend(torch.autograd.Function):
@@ -319,9 +331,20 @@ def _or_zeros(tangent: Tensor | None, primal: Tensor) -> Tensor:
 def _tangents(
     primals: tuple[Any, ...], tangents: tuple[Tensor | None, ...], block: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the tangents of numerator and denominator: both are linear in each of q, (k, R, S) and (v, R)."""
+    """Return the tangents of numerator and denominator, each linear in q, in (k, R, S) and in (v, R); block by block."""
     q, k, v, R, S = primals
-    (B, T, H, M), D, dtype = q.shape, v.shape[-1], R.dtype
     R_t, S_t = _or_zeros(tangents[3], R), None if S is None else _or_zeros(tangents[4], S)
-    ...
-    raise NotImplementedError
+    doubled = [x for primal, t in zip(primals[:3], tangents[:3], strict=True) for x in (primal, _or_zeros(t, primal))]
+    nums: list[Tensor] = []
+    dens: list[Tensor] = []
+    for pieces in zip(*(x.split(block, 1) for x in doubled), strict=True):
+        q_b, dq_b, k_b, dk_b, v_b, dv_b = (x.transpose(1, 2).to(R.dtype) for x in pieces)
+        P = (q_b @ k_b.mT).tril()
+        dP = (dq_b @ k_b.mT + q_b @ dk_b.mT).tril()
+        nums.append(dP @ v_b + P @ dv_b + dq_b @ R + q_b @ R_t)
+        R_t = R_t + dk_b.mT @ v_b + k_b.mT @ dv_b
+        R = R + k_b.mT @ v_b
+        if S is not None and S_t is not None:
+            dens.append(dP.sum(-1, keepdim=True) + dq_b @ S.unsqueeze(-1) + q_b @ S_t.unsqueeze(-1))
+            S, S_t = S + k_b.sum(2), S_t + dk_b.sum(2)
+    return torch.cat(nums, 2).transpose(1, 2), torch.cat(dens, 2).transpose(1, 2) if dens else None

@@ -21,7 +21,6 @@ Source: "Sub-Linear Memory: How to Make Performers SLiM", NeurIPS 2021, sections
 """
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -42,7 +41,7 @@ PAPER_EPS = 1e-16  # what the paper's published code adds to the denominator
 class Parts:
     """A chunk's keys, values and their sums; made by ``block_sums``, spent by ``attend``."""
 
-    k: Features
+    k: Features  # for attend alone: use your own k and v elsewhere
     v: Values
     total: State  # (sum of k v^T, sum of k or None); differentiable in k and v; float32 for 16-bit inputs
     blocks: State | None  # per-block sums, detached, [blocks, B*H, M, D] and [blocks, B*H, M]; None: the form has none
@@ -93,6 +92,20 @@ def advance(before: State, total: State) -> State:
     return R + dR, None if S is None or dS is None else S + dS
 
 
+def plain_sums(k: Features, v: Values, *, block: int | None = None, normalize: bool = True) -> Parts:
+    """Sum k v^T and k over the chunk with plain operations: ``block_sums`` of the forms that have no blocks.
+
+    Raises ValueError on wrong shapes, and where a block size is given. Cost: O(T M D) time, O(M D) memory.
+    """
+    check_keys_values(k, v)
+    if block is not None:
+        raise ValueError(f"expected block=None, as only the blocked form has blocks; got {block!r}: drop it")
+    with without_autocast(k):
+        k_BHTM, v_BHTD = (x.transpose(1, 2).to(state_dtype(k, v)) for x in (k, v))
+        total = (k_BHTM.mT @ v_BHTD, k_BHTM.sum(2) if normalize else None)
+    return Parts(k=k, v=v, total=total, blocks=None, block=0)
+
+
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Switch autocast off where it is on: sums over a long time axis must not be rounded to 16 bits."""
     kind = x.device.type
@@ -141,6 +154,3 @@ def check_block(block: int | None, default: int) -> int:
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"expected block to be None or a positive number of tokens; got {block!r}: try 64 or 128")
     return block
-
-
-Step: TypeAlias = Callable[[Tensor, Tensor, Tensor, State], tuple[Tensor, State]]

@@ -1,0 +1,292 @@
+"""The Performer of the paper, and a modern one, from one configuration.
+
+A layer is `mix` (causal linear attention over prefix sums) and a feed-forward block. Rows mix only through the sums, so
+a chunk needs the sums before it and nothing else of the past: the state is one `PrefixSum` per sum and layer, and it
+rolls back bit for bit.
+
+| | paper | modern |
+|---|---|---|
+| norm | layer norm on each sub-layer's output, or before it | RMS norm before each sub-layer and before the head |
+| positions | sinusoids beside the token embedding | rotary queries and keys, and the last few tokens' embeddings |
+| attention | divided by its weights' sum | each head's output divided by its root mean square |
+| after the heads | nothing | a linear map |
+
+Source: "Sub-Linear Memory: How to Make Performers SLiM" (NeurIPS 2021), section 2 and appendix; rotary positions in
+linear attention: Su et al., "RoFormer", 2021, section 3.3. Cost per token: 24 d^2 FLOPs and layer forward (paper), for
+d_ff = 4 d. State: `layers * width * (features + 1)` numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from slimgrad.errors import InputError
+from slimgrad.ops.feature_maps import FEATURE_MAPS, draw_projection, get_feature_map
+from slimgrad.ops.linear_attention import FORMS, get_form
+from slimgrad.sweep.state import PrefixSum
+
+Tokens = Int[Tensor, "batch time"]
+Hidden = Float[Tensor, "batch time width"]
+Logits = Float[Tensor, "batch time vocabulary"]
+State = dict[str, Any]
+
+_ROTARY_BASE = 10_000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerformerConfig:
+    """A Performer's shape.
+
+    Attributes:
+        layers, width, heads: s, d_model and k of the paper.
+        feedforward: d_ff; 4 * width where 0.
+        vocabulary: symbols; 256 for bytes.
+        features: M, features per head; the head's width where 0 (only "favor" can have another number).
+        feature_map: one of `ops.feature_maps.FEATURE_MAPS`.
+        norm: "output" (layer norm on a sub-layer's output, as published), "pre" (layer norm before it, as published for
+            copying), or "rms" (RMS norm before it and before the head).
+        positions: "sinusoids" (half of the embedding) or "rotary".
+        normalize: divide by the sum of the weights, as published; else each head's output is divided by its root mean
+            square, which rotary positions need (their weights may be negative).
+        output_projection: a linear map after the heads.
+        taps: how many of the latest tokens' embeddings enter at each position, the earlier ones weighted per channel;
+            1: its own alone.
+        form: how attention is computed: "auto" or one of `ops.linear_attention.FORMS`.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    feedforward: int = 0
+    vocabulary: int = 256
+    features: int = 0
+    feature_map: str = "square"
+    norm: Literal["output", "pre", "rms"] = "output"
+    positions: Literal["sinusoids", "rotary"] = "sinusoids"
+    normalize: bool = True
+    output_projection: bool = False
+    taps: int = 1
+    form: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "vocabulary", "taps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"PerformerConfig: {name}={getattr(self, name)}, expected at least 1")
+        if self.width % self.heads:
+            raise InputError(f"PerformerConfig: width={self.width} is not a multiple of heads={self.heads}")
+        if self.positions == "sinusoids" and self.width % 4:
+            raise InputError(f"PerformerConfig: sinusoids need a width that is a multiple of 4, got {self.width}")
+        if self.positions == "rotary" and (self.num_features % 2 or self.normalize):
+            raise InputError(
+                "PerformerConfig: rotary positions need an even number of features and normalize=False; got "
+                f"{self.num_features} and normalize={self.normalize}"
+            )
+        if self.feature_map not in FEATURE_MAPS:
+            raise InputError(f"PerformerConfig: feature_map={self.feature_map!r}, expected one of {list(FEATURE_MAPS)}")
+        if self.form != "auto" and self.form not in FORMS:
+            raise InputError(f"PerformerConfig: form={self.form!r}, expected 'auto' or one of {list(FORMS)}")
+        if self.features and self.feature_map != "favor" and self.features != self.head_width:
+            raise InputError(
+                f"PerformerConfig: features={self.features} differs from the head's width {self.head_width}, which "
+                f"{self.feature_map!r} cannot change; only 'favor' can"
+            )
+
+    @property
+    def head_width(self) -> int:
+        """d of the paper: width / heads."""
+        return self.width // self.heads
+
+    @property
+    def num_features(self) -> int:
+        """M of the paper."""
+        return self.features or self.head_width
+
+    @property
+    def feedforward_width(self) -> int:
+        """d_ff of the paper."""
+        return self.feedforward or 4 * self.width
+
+
+def _norm(config: PerformerConfig) -> nn.Module:
+    return nn.RMSNorm(config.width) if config.norm == "rms" else nn.LayerNorm(config.width)
+
+
+class PerformerLayer(nn.Module):
+    """Attention and feed-forward, with their norms and residual connections.
+
+    Queries have a matrix of their own and keys and values share one, so that `advance` computes just the latter.
+    """
+
+    def __init__(self, config: PerformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.form = get_form(config.form)
+        self.feature_map = get_feature_map(config.feature_map)
+        self.query = nn.Linear(config.width, config.width)
+        self.key_value = nn.Linear(config.width, 2 * config.width)
+        self.project = nn.Linear(config.width, config.width) if config.output_projection else nn.Identity()
+        self.attention_norm, self.feedforward_norm = _norm(config), _norm(config)
+        self.expand = nn.Linear(config.width, config.feedforward_width)
+        self.contract = nn.Linear(config.feedforward_width, config.width)
+
+    def forward(self, x: Hidden, sums: Any, where: Any, projection: Tensor | None) -> tuple[Hidden, Any]:
+        """One chunk through the layer: (outputs, sums after the chunk)."""
+        entry = self._enter(x, self.attention_norm)
+        parts = self._parts(entry, where, projection)
+        before, following = _advance(sums, parts.total)
+        queries = self._features(self._heads(self.query(entry)), where, projection)
+        mixed = self.form.attend(queries, parts, before)
+        if not self.config.normalize:
+            mixed = F.rms_norm(mixed, mixed.shape[-1:])
+        mixed = mixed.flatten(2)
+        x = x + self._leave(self.project(mixed), self.attention_norm)
+        fed = self.contract(F.gelu(self.expand(self._enter(x, self.feedforward_norm))))
+        return x + self._leave(fed, self.feedforward_norm), following
+
+    def advance(self, x: Hidden, sums: Any, where: Any, projection: Tensor | None) -> Any:
+        """The sums after the chunk, and nothing else."""
+        return _advance(sums, self._parts(self._enter(x, self.attention_norm), where, projection).total)[1]
+
+    def _parts(self, x: Hidden, where: Any, projection: Tensor | None) -> Any:
+        keys, values = self.key_value(x).chunk(2, dim=-1)
+        features = self._features(self._heads(keys), where, projection)
+        return self.form.block_sums(features, self._heads(values), normalize=self.config.normalize)
+
+    def _heads(self, x: Hidden) -> Tensor:
+        return x.unflatten(-1, (self.config.heads, self.config.head_width))
+
+    def _features(self, x: Tensor, where: Any, projection: Tensor | None) -> Tensor:
+        features = self.feature_map(x, projection)
+        return features if where is None else _rotate(features, *where)
+
+    def _enter(self, x: Hidden, norm: nn.Module) -> Hidden:
+        return x if self.config.norm == "output" else norm(x)
+
+    def _leave(self, x: Hidden, norm: nn.Module) -> Hidden:
+        return norm(x) if self.config.norm == "output" else x
+
+
+class Performer(nn.Module):
+    """A causal language model over prefix sums.
+
+    `forward(tokens, state)`: tokens `[batch, time]` of any integer dtype -> logits `[batch, time, vocabulary]`, state.
+    """
+
+    def __init__(self, config: PerformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        sinusoids = config.positions == "sinusoids"
+        self.embed = nn.Embedding(config.vocabulary, config.width // 2 if sinusoids else config.width)
+        if config.taps > 1:
+            self.taps = nn.Parameter(torch.zeros(config.taps - 1, self.embed.embedding_dim))
+        self.layers = nn.ModuleList(PerformerLayer(config) for _ in range(config.layers))
+        self.final_norm = _norm(config) if config.norm == "rms" else nn.Identity()
+        self.head = nn.Linear(config.width, config.vocabulary)
+
+    def initial_state(self, batch_size: int) -> State:
+        """Sums of zero, position zero, and a fresh projection for random features."""
+        config, like = self.config, self.head.weight
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        shape = (batch_size, config.heads, config.num_features)
+
+        def zeros(*size: int) -> PrefixSum:
+            return PrefixSum(torch.zeros(size, dtype=dtype, device=like.device))
+
+        state: State = {
+            "layers": [
+                (zeros(*shape, config.head_width), zeros(*shape) if config.normalize else None) for _ in self.layers
+            ],
+            "position": PrefixSum(torch.zeros((), dtype=torch.int64, device=like.device)),
+        }
+        if get_feature_map(config.feature_map).needs_projection:
+            state["projection"] = draw_projection(
+                config.heads, config.head_width, config.num_features, dtype=like.dtype, device=like.device
+            )
+        if config.taps > 1:  # tokens before the sequence: none, which is a symbol that embeds to zero
+            state["recent"] = torch.full((batch_size, config.taps - 1), -1, dtype=torch.int64, device=like.device)
+        return state
+
+    def forward(self, inputs: Tokens, state: State) -> tuple[Logits, State]:
+        """One chunk."""
+        x, where, following = self._begin(inputs, state)
+        projection = _constant(state.get("projection"))
+        layers: list[Any] = []
+        for layer, sums in zip(self.layers, state["layers"], strict=True):
+            x, after = layer(x, sums, where, projection)
+            layers.append(after)
+        following["layers"] = layers
+        return self.head(self.final_norm(x)), following
+
+    def advance(self, inputs: Tokens, state: State) -> State:
+        """The state after a chunk: of the last layer, only what its sums need."""
+        x, where, following = self._begin(inputs, state)
+        projection = _constant(state.get("projection"))
+        layers: list[Any] = []
+        *lower, last = zip(self.layers, state["layers"], strict=True)
+        for layer, sums in lower:
+            x, after = layer(x, sums, where, projection)
+            layers.append(after)
+        layer, sums = last
+        following["layers"] = [*layers, layer.advance(x, sums, where, projection)]
+        return following
+
+    def _begin(self, inputs: Tokens, state: State) -> tuple[Hidden, Any, State]:
+        """Embeddings, rotary angles, and the state that follows, except for the layers."""
+        tokens, time = inputs.long(), inputs.shape[1]
+        following = dict(state)
+        start, following["position"] = state["position"].advance(torch.tensor(time, device=tokens.device))
+        positions = start + torch.arange(time, device=tokens.device)
+        if self.config.taps > 1:
+            joined = torch.cat([state["recent"], tokens], dim=1)
+            following["recent"] = joined[:, time:]
+            x = self._embed_with_earlier(joined, time)
+        else:
+            x = self.embed(tokens)
+        if self.config.positions == "sinusoids":
+            sine, cosine = _waves(positions, self.config.width // 4, x.dtype)
+            waves = torch.cat([sine, cosine], dim=-1).expand(x.shape[0], -1, -1)
+            return torch.cat([x, waves], dim=-1), None, following
+        sine, cosine = _waves(positions, self.config.num_features // 2, x.dtype)
+        return x, (sine[:, None], cosine[:, None]), following
+
+    def _embed_with_earlier(self, joined: Tensor, time: int) -> Hidden:
+        """Each token's embedding plus those of the tokens just before it, weighted per tap and channel."""
+        embedded = self.embed(joined.clamp_min(0)) * (joined >= 0)[..., None]
+        x = embedded[:, -time:]
+        for tap in range(self.config.taps - 1):  # oldest first
+            x = x + embedded[:, tap : tap + time] * self.taps[tap]
+        return x
+
+
+def _advance(sums: tuple[PrefixSum, PrefixSum | None], total: Any) -> tuple[Any, Any]:
+    """Both sums of a layer moved on: (their values before, the sums after)."""
+    moved = [(None, None) if s is None else s.advance(t) for s, t in zip(sums, total, strict=True)]
+    return tuple(before for before, _ in moved), tuple(after for _, after in moved)
+
+
+def _constant(projection: Tensor | None) -> Tensor | None:
+    """Random features take no gradient, though they ride along as state."""
+    return None if projection is None else projection.detach()
+
+
+def _waves(positions: Int[Tensor, " time"], count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sine and cosine `[time, count]` of positions at `count` frequencies, 1 down to 1/10000.
+
+    In float64, since float32 angles are off by 0.06 at position 1,000,000 (float32 on devices without float64).
+    """
+    wide = torch.float32 if positions.device.type == "mps" else torch.float64
+    frequencies = _ROTARY_BASE ** (-torch.arange(count, device=positions.device, dtype=wide) / count)
+    angles = positions[:, None].to(wide) * frequencies
+    return angles.sin().to(dtype), angles.cos().to(dtype)
+
+
+def _rotate(x: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
+    """Rotate pairs of features, the first half with the second, by the position's angles."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([left * cosine - right * sine, left * sine + right * cosine], dim=-1)
