@@ -1,4 +1,4 @@
-"""Three causal models that are not Performers: one for each kind of state, and one that mixes all three.
+"""Causal models that are not Performers: one for each kind of state, one that mixes them, one fed with signals.
 
 Memory is long on purpose: gates close to one, sums that never forget. A model that forgets fast hides a cut gradient.
 """
@@ -114,4 +114,84 @@ class AllKinds(nn.Module):
         return self.head(x), following
 
 
-MODELS = {"gated": GatedRecurrence, "cached": CachedAttention, "all kinds": AllKinds}
+class LinearAttention(nn.Module):
+    """Normalised linear attention over prefix sums, with an `advance` of its own and a counter of positions.
+
+    Args:
+        doublings: keys grow by this power of two with every token, and the sums with them.
+        state_dtype: of the sums; None for that of the parameters.
+    """
+
+    def __init__(
+        self, vocabulary: int = 13, width: int = 4, doublings: float = 0.0, state_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.head = nn.Linear(width, vocabulary)
+        self.width, self.doublings, self.state_dtype = width, doublings, state_dtype
+
+    def initial_state(self, batch_size: int) -> dict[str, sg.PrefixSum]:
+        zeros = self.head.weight.new_zeros(batch_size, self.width, self.width + 1, dtype=self.state_dtype)
+        return {"sums": sg.PrefixSum(zeros), "position": sg.PrefixSum(torch.zeros((), dtype=torch.int64))}
+
+    def advance(self, inputs: Tensor, state: dict[str, sg.PrefixSum]) -> dict[str, sg.PrefixSum]:
+        return self._attend(inputs, state)[-1]
+
+    def forward(self, inputs: Tensor, state: dict[str, sg.PrefixSum]) -> tuple[Tensor, dict[str, sg.PrefixSum]]:
+        x, q, within, before, following = self._attend(inputs, state)
+        sums = before[:, None].to(x.dtype) + within  # [batch, time, features, values and a one]
+        numerator, denominator = torch.einsum("btf,btfv->btv", q, sums).split([self.width, 1], -1)
+        return self.head(x + numerator / denominator), following
+
+    def _attend(self, inputs: Tensor, state: dict[str, sg.PrefixSum]) -> tuple:
+        time = inputs.shape[1]
+        before_position, position = state["position"].advance(torch.tensor(time))
+        x = self.embed(inputs)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        if self.doublings:
+            gain = torch.exp2((before_position + torch.arange(time)).double() * self.doublings)
+            k = k * gain[:, None].to(k.dtype)
+        within = (k[..., None] * F.pad(v, (0, 1), value=1.0)[..., None, :]).cumsum(1)
+        before, sums = state["sums"].advance(within[:, -1])
+        return x, q, within, before, {"sums": sums, "position": position}
+
+
+class Signals(nn.Module):
+    """Floating inputs in a dict, a tuple as state, an untouched constant in it, and tied, frozen, unused parameters."""
+
+    def __init__(self, channels: int = 3, width: int = 4, classes: int = 5) -> None:
+        super().__init__()
+        self.read = nn.Linear(channels, width)
+        self.again = nn.Linear(channels, width)
+        self.again.weight = self.read.weight
+        self.decay = nn.Parameter(torch.full((width,), 3.0))
+        self.frozen = nn.Linear(width, width)
+        self.frozen.requires_grad_(False)
+        self.unused = nn.Linear(2, 2)
+        self.head = nn.Linear(width, classes)
+        self.register_buffer("scale", torch.full((width,), 0.7))
+
+    def initial_state(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        return self.decay.new_zeros(batch_size, self.decay.shape[0]), torch.tanh(self.decay)[None].expand(
+            batch_size, -1
+        )
+
+    def forward(self, inputs: dict[str, Tensor], state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        (h, constant), outputs = state, []
+        x = torch.tanh(self.read(inputs["left"])) * self.scale + torch.sin(self.again(inputs["right"]))
+        decay = torch.sigmoid(self.decay)
+        for t in range(x.shape[1]):
+            h = decay * h + (1 - decay) * x[:, t]
+            outputs.append(h * constant)
+        return self.head(torch.tanh(self.frozen(torch.stack(outputs, 1)))), (h, constant)
+
+
+MODELS = {
+    "gated": GatedRecurrence,
+    "cached": CachedAttention,
+    "all kinds": AllKinds,
+    "linear attention": LinearAttention,
+    "signals": Signals,
+}

@@ -86,7 +86,8 @@ class Started:
         ]
         if roots and self.program.parameters:
             with self.program.chunk_context(-1):
-                torch.autograd.backward(*map(list, zip(*roots, strict=True)), inputs=list(self.program.parameters))
+                leaves, gradients = [leaf for leaf, _ in roots], [g for _, g in roots]
+                torch.autograd.backward(leaves, gradients, inputs=list(self.program.parameters))
         return adjoint
 
 
@@ -200,8 +201,13 @@ class Call:
         assert self._gather is not None
         inputs = [g for one in self.sequences for g in tree.leaves(one.input_grads) if g is not None]
         context = [leaf.grad for leaf in self._shared.context_leaves]
-        raw = [raw_tensor(leaf) for leaf in tree.leaves(self._states)]
-        states = [g for x, g in zip(raw, tree.leaves(initial_grads), strict=True) if x is not None and x.requires_grad]
+        states = [
+            g
+            for given, found in zip(self._states, initial_grads, strict=True)
+            if given is not None  # a state that the model made has handed its gradient on already
+            for x, g in zip(map(raw_tensor, tree.leaves(given)), tree.leaves(found), strict=True)
+            if x is not None and x.requires_grad
+        ]
         return [*self._gather.gradients().values(), *inputs, *context, *states]
 
     def deliver(self) -> None:

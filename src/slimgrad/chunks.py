@@ -6,7 +6,7 @@ losses added up and the inputs' gradients written down.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -57,7 +57,7 @@ class SharedModel:
         return leaf
 
     @contextmanager
-    def entered(self, seed: int) -> Iterator[None]:
+    def entered(self, seed: int) -> Generator[None]:
         """Everything that must be the same each time a chunk runs."""
         enabled, dtype = self._autocast
         # without the cache: a cast cached under no_grad would come back without a graph
@@ -67,7 +67,7 @@ class SharedModel:
             yield
 
     @contextmanager
-    def _guarded_buffers(self) -> Iterator[None]:
+    def _guarded_buffers(self) -> Generator[None]:
         """Refuse a model that writes to its buffers. The first time it runs on copies, so that nothing is written."""
         owners = self._buffers
         first, self._buffers_seen = not self._buffers_seen, True
@@ -142,7 +142,8 @@ class ChunkedSequence:
             self._tokens = next_token_inputs(inputs)
         elif batch_and_time(targets) != (self.batch, self.time):
             raise InputError(
-                f"targets must have the inputs' batch and time ({self.batch}, {self.time}), got {batch_and_time(targets)}"
+                f"targets must have the inputs' batch and time ({self.batch}, {self.time}), "
+                f"got {batch_and_time(targets)}"
             )
         self.loss_sum = torch.zeros((), dtype=_sum_dtype(shared.device), device=shared.device)
         self.loss_dtype = torch.float32
@@ -187,6 +188,8 @@ class ChunkedSequence:
         inputs = tree.unflatten(pieces, tree.flatten(self._inputs)[1])
         outputs, following = self._shared.step(inputs, state)
         loss = self._loss_fn(outputs, self._target_slice(chunk))
+        if self._shared.gather is not None:
+            self._shared.gather.paused = False
         metrics: dict[str, Tensor] = {}
         if isinstance(loss, dict):
             metrics = {name: torch.as_tensor(value).detach() for name, value in loss.items() if name != "loss"}
@@ -250,7 +253,7 @@ def batch_and_time(inputs: tree.Tree) -> tuple[int, int]:
     if len(shape) != 2:
         described = [list(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf) for leaf in tree.leaves(inputs)]
         raise InputError(f"expected tensors [batch, time, ...] with the same batch and time, got {described}")
-    batch, time = cast("tuple[int, int]", shape)
+    batch, time = shape
     if batch < 1 or time < 1:
         raise InputError(f"expected at least one sequence and one token, got batch {batch} and time {time}")
     return batch, time

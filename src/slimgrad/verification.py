@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -82,9 +82,8 @@ class Report:
         lines = [f"{'exact' if self.passed else 'NOT EXACT'}: {self.setting}; tolerance {self.tolerance:.0e}"]
         titles = {"sweep": "against the same chunks in one graph", "step": "against one call over the whole sequence"}
         for check, title in titles.items():
-            lines.append(
-                f"  {check} ({title}): all gradients {self.global_errors[check]:.1e}, loss {self.loss_errors[check]:.1e}"
-            )
+            everything, loss = self.global_errors[check], self.loss_errors[check]
+            lines.append(f"  {check} ({title}): all gradients {everything:.1e}, loss {loss:.1e}")
             found = sorted((f for f in self.findings if f.check == check), key=lambda f: -f.error)
             lines += [f"    {f.error:8.1e}  {f.name}  (norm {f.norm:.2e})" for f in found[:5]]
             if len(found) > 5:
@@ -174,10 +173,13 @@ def _in_one_graph(model: nn.Module, inputs: Any, targets: Any, options: Options)
                 state = result.state
         loss = torch.stack(losses).sum() * call.loss_grad.to(losses[0].dtype)
         loss.backward()
-        gradients = tree.map_leaves(
-            lambda leaf: None if raw_tensor(leaf) is None else raw_tensor(leaf).grad, initial_states
-        )
+        gradients = tree.map_leaves(_gradient_of, initial_states)
         return float(loss.detach()), _collect(model, inputs, context, gradients)
+
+
+def _gradient_of(leaf: Any) -> Tensor | None:
+    x = raw_tensor(leaf)
+    return None if x is None else x.grad
 
 
 def _collect(model: nn.Module, inputs: Any, context: Any, state_gradients: Any) -> Gradients:
@@ -222,7 +224,7 @@ def _fresh(inputs: Any) -> Any:
 
 
 @contextmanager
-def _seeded_like(model: nn.Module) -> Iterator[None]:
+def _seeded_like(model: nn.Module) -> Generator[None]:
     first = next(model.parameters(), None)
     with seeded(_SEED, torch.device("cpu") if first is None else first.device), torch.enable_grad():
         yield

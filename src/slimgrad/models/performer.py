@@ -19,12 +19,12 @@ d_ff = 4 d. State: `layers * width * (features + 1)` numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from slimgrad.errors import InputError
 from slimgrad.ops.feature_maps import FEATURE_MAPS, draw_projection, get_feature_map
@@ -55,7 +55,7 @@ class PerformerConfig:
         normalize: divide by the sum of the weights, as published; else each head's output is divided by its root mean
             square, which rotary positions need (their weights may be negative).
         output_projection: a linear map after the heads.
-        taps: how many of the latest tokens' embeddings enter at each position, the earlier ones weighted per channel;
+        taps: how many of the latest tokens are embedded at each position, each from a table of its own, and added up;
             1: its own alone.
         form: how attention is computed: "auto" or one of `ops.linear_attention.FORMS`.
     """
@@ -143,10 +143,10 @@ class PerformerLayer(nn.Module):
         queries = self._features(self._heads(self.query(entry)), where, projection)
         mixed = self.form.attend(queries, parts, before)
         if not self.config.normalize:
-            mixed = F.rms_norm(mixed, mixed.shape[-1:])
+            mixed = functional.rms_norm(mixed, mixed.shape[-1:])
         mixed = mixed.flatten(2)
         x = x + self._leave(self.project(mixed), self.attention_norm)
-        fed = self.contract(F.gelu(self.expand(self._enter(x, self.feedforward_norm))))
+        fed = self.contract(functional.gelu(self.expand(self._enter(x, self.feedforward_norm))))
         return x + self._leave(fed, self.feedforward_norm), following
 
     def advance(self, x: Hidden, sums: Any, where: Any, projection: Tensor | None) -> Any:
@@ -182,9 +182,9 @@ class Performer(nn.Module):
         super().__init__()
         self.config = config
         sinusoids = config.positions == "sinusoids"
-        self.embed = nn.Embedding(config.vocabulary, config.width // 2 if sinusoids else config.width)
-        if config.taps > 1:
-            self.taps = nn.Parameter(torch.zeros(config.taps - 1, self.embed.embedding_dim))
+        width = config.width // 2 if sinusoids else config.width
+        self.embed = nn.Embedding(config.vocabulary, width)
+        self.earlier = nn.ModuleList(nn.Embedding(config.vocabulary, width) for _ in range(config.taps - 1))
         self.layers = nn.ModuleList(PerformerLayer(config) for _ in range(config.layers))
         self.final_norm = _norm(config) if config.norm == "rms" else nn.Identity()
         self.head = nn.Linear(config.width, config.vocabulary)
@@ -233,7 +233,7 @@ class Performer(nn.Module):
             x, after = layer(x, sums, where, projection)
             layers.append(after)
         layer, sums = last
-        following["layers"] = [*layers, layer.advance(x, sums, where, projection)]
+        following["layers"] = [*layers, cast(PerformerLayer, layer).advance(x, sums, where, projection)]
         return following
 
     def _begin(self, inputs: Tokens, state: State) -> tuple[Hidden, Any, State]:
@@ -256,11 +256,11 @@ class Performer(nn.Module):
         return x, (sine[:, None], cosine[:, None]), following
 
     def _embed_with_earlier(self, joined: Tensor, time: int) -> Hidden:
-        """Each token's embedding plus those of the tokens just before it, weighted per tap and channel."""
-        embedded = self.embed(joined.clamp_min(0)) * (joined >= 0)[..., None]
-        x = embedded[:, -time:]
-        for tap in range(self.config.taps - 1):  # oldest first
-            x = x + embedded[:, tap : tap + time] * self.taps[tap]
+        """Each token's embedding plus those of the tokens just before it, each distance with its own table."""
+        x = self.embed(joined[:, -time:])
+        for distance, table in enumerate(self.earlier, start=1):
+            tokens = joined[:, self.config.taps - 1 - distance :][:, :time]
+            x = x + table(tokens.clamp_min(0)) * (tokens >= 0)[..., None]
         return x
 
 

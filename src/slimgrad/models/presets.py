@@ -5,7 +5,7 @@
 | I, II, III, IV | 8192, 1024, 4096, 16384 | 1, 3, 3, 3 | 1024, 512, 1024, 1024 | width / 64 | | paper, section 4.1 |
 | copying | 512 | 1 | 256 | 4 | 1e-2 | paper, section 4.3 |
 | ptb, enwik8 | 1024, 4096 | as II, III | | | 1e-4, 2e-4 | paper, section 4.3 |
-| modern | 4096 | 3 | 256 | 4 | 3e-3 | docs/decisions/modern-preset.md |
+| modern | 16384 | 3 | 128 | 2 | 7e-3 | docs/decisions/modern-preset.md |
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ class Preset:
     Attributes:
         model: the shape.
         length: tokens of one training sequence (L).
-        learning_rate: Adam's.
+        learning_rate: the highest.
         chunk: a memory chunk that suits it.
+        steps: training steps, one sequence each.
+        first_length: tokens of the first training sequences, from where the length doubles; 0: all have `length`.
     """
 
     model: PerformerConfig
     length: int
     learning_rate: float
     chunk: int
+    steps: int = 300
+    first_length: int = 0
 
 
 def _published(layers: int, width: int, norm: str = "output") -> PerformerConfig:
@@ -48,8 +52,8 @@ PRESETS: dict[str, Preset] = {
     "modern": Preset(
         model=PerformerConfig(
             layers=3,
-            width=256,
-            heads=4,
+            width=128,
+            heads=2,
             norm="rms",
             positions="rotary",
             normalize=False,
@@ -57,9 +61,11 @@ PRESETS: dict[str, Preset] = {
             taps=4,
             feature_map="elu1",
         ),
-        length=4096,
-        learning_rate=3e-3,
+        length=16384,
+        first_length=512,
+        learning_rate=7e-3,
         chunk=512,
+        steps=1280,
     ),
 }
 

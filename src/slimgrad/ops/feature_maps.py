@@ -21,8 +21,9 @@ constant. By lemma 1 each exponential has mean exactly 1 over the draw of w, so 
 exceeds a with probability at most e^-a. It is therefore cut off at `EXPONENT_CEILING` = 40: an event of probability
 below 5e-18 per feature, against a guarantee that no input overflows float32 or bfloat16 (a product of two features is
 at most e^80 / M, and e^88 still fits). The map stays a function of its row, and the estimate of exp(q . k) is
-unbiased up to that event. Nothing is done about small features: for |x|^2 far above 2 |w|^2 they vanish, as the variance
-of the estimate grows like exp(|q + k|^2); scale the inputs (by d^(-1/4) for softmax attention's 1/sqrt(d)).
+unbiased up to that event. Nothing is done about small features: for |x|^2 far above |w|^2 ~ d they vanish, as the
+variance of the estimate grows like exp(|q + k|^2); scale the inputs (by d^(-1/4) for the 1/sqrt(d) of softmax
+attention, which the map itself does not apply).
 """
 
 from collections.abc import Callable

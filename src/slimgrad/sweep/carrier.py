@@ -335,7 +335,7 @@ class GrowingCarrier(Carrier[int]):
             self._length = stop
             self._write(rows.detach(), start, stop)
         if self.mode in (Mode.FORWARD, Mode.AGAIN) or not rows.is_floating_point():
-            all_rows = self.prefix(stop)
+            rows, all_rows = rows.detach(), self.prefix(stop)
         else:
             if self._anchor is None:
                 self._anchor = torch.zeros((), device=rows.device).requires_grad_()
@@ -352,7 +352,8 @@ class GrowingCarrier(Carrier[int]):
             return
         if stop > self._buffer.shape[1]:
             guess = int(self._growth * (stop - start)) + start if start == self._starts[0] else 0
-            capacity = max(stop, guess, self._buffer.shape[1] * 3 // 2)
+            # whole 64 bytes from sequence to sequence of the batch, however often the buffer grows: see `store`
+            capacity = -(-max(stop, guess, self._buffer.shape[1] * 3 // 2) // 64) * 64
             wider = rows.new_empty((rows.shape[0], capacity, *rows.shape[2:]))
             wider[:, :start] = self._buffer[:, :start]
             self._buffer = wider
@@ -409,7 +410,7 @@ class TensorCarrier(Carrier[_Kept]):
 
     def __init__(self, index: int, name: str, initial: Tensor) -> None:
         super().__init__(index, name)
-        self.value = initial.detach()
+        self.value = _own(initial)
         self._leaf: Tensor | None = None
         self._returned: Tensor | None = None
         self._adjoint: Tensor | None = None
@@ -537,9 +538,9 @@ def mismatch(name: str, chunk: int) -> StateMismatchError:
     """The bits of a state came out differently the second time."""
     return StateMismatchError(
         f"state {name}, chunk {chunk}: rebuilt with other bits than in the forward sweep, so the gradient would not be "
-        "exact. Expected the same computation twice; look for a random draw from another generator (Python's, NumPy's), "
-        "a nondeterministic kernel (torch.use_deterministic_algorithms), `advance` computing otherwise than `forward`, "
-        "or a weight, a buffer or the number of threads changed in between"
+        "exact. Expected the same computation twice; look for a random draw from another generator (Python's, "
+        "NumPy's), a nondeterministic kernel (torch.use_deterministic_algorithms), `advance` computing otherwise than "
+        "`forward`, or a weight, a buffer or the number of threads changed in between"
     )
 
 
@@ -550,6 +551,9 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _own(x: Tensor) -> Tensor:
-    """`x` without a graph, and without holding a larger storage alive (the last rows of a chunk's activations)."""
+    """`x` without a graph, contiguous and aligned as a copy from the store will be (other layouts, other bits), and
+    without holding a larger storage alive (the last rows of a chunk's activations).
+    """
     x = x.detach()
-    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
+    alone = x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
+    return x if alone else x.clone(memory_format=torch.contiguous_format)

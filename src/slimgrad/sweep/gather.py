@@ -14,7 +14,7 @@ from __future__ import annotations
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 Accumulate = Callable[[str, Tensor], None]
+_Place = tuple[dict[str, Any], str, Tensor]  # a module's own parameters, the name, the parameter
+_Places = tuple[nn.Module, Sequence[_Place], Sequence[nn.RNNBase]]
 
 
 class _Alias(Tensor):
     """A parameter's stand-in within a sweep: routes linear layers and embeddings to products added in place."""
 
-    gather: Gather
+    owner: Gather
 
     @classmethod
     def __torch_function__(
@@ -38,9 +40,9 @@ class _Alias(Tensor):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
             if torch.is_grad_enabled():
-                if func is F.linear and _adds_in_place(args[1] if len(args) > 1 else kwargs.get("weight"), args[0]):
+                if func is F.linear and _adds_in_place(*_weight_and_input(*args, **kwargs)):
                     return _linear(*args, **kwargs)
-                if func is F.embedding and len(args) == 2 and not kwargs and _adds_in_place(args[1]):
+                if func is F.embedding and _adds_in_place(args[1]) and _is_plain_lookup(kwargs):
                     return _Embedding.apply(*args)
             return func(*args, **kwargs)
 
@@ -49,10 +51,20 @@ def _adds_in_place(weight: Any, activations: Any = None) -> bool:
     """Whether the weight's gradient may be added straight into its buffer."""
     return (
         isinstance(weight, _Alias)
-        and weight.gather.adds_in_place(weight)
+        and weight.dim() == 2
+        and weight.owner.adds_in_place(weight)
         and (activations is None or activations.dtype == weight.dtype)
         and not torch.is_autocast_enabled(weight.device.type)
     )
+
+
+def _is_plain_lookup(options: Mapping[str, Any]) -> bool:
+    """Whether an embedding, which hands all its options on by name, has none of them set."""
+    return all(value is None or value is False for name, value in options.items() if name != "norm_type")
+
+
+def _weight_and_input(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return weight, input
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -69,14 +81,18 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         context, (g,) = cast(Any, ctx), grad_outputs
         (x,) = cast("tuple[Tensor]", context.saved_tensors)
         weight = cast(_Alias, context.weight)
-        rows = g.reshape(-1, g.shape[-1])
+        rows, columns = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
         needs_x, _, needs_bias = cast("tuple[bool, bool, bool]", context.needs_input_grad)
-        weight.gather.add_product(weight, rows.t(), x.reshape(-1, x.shape[-1]))
-        return g @ weight if needs_x else None, None, rows.sum(0) if needs_bias else None
+        weight_gradient = None
+        if weight.owner.paused:
+            weight_gradient = rows.t() @ columns
+        else:
+            weight.owner.add_product(weight, rows.t(), columns)
+        return g @ weight if needs_x else None, weight_gradient, rows.sum(0) if needs_bias else None
 
 
 class _Embedding(torch.autograd.Function):
@@ -89,11 +105,14 @@ class _Embedding(torch.autograd.Function):
         return F.embedding(indices, weight)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[None, None]:
+    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[None, Tensor | None]:
         (g,), context = grad_outputs, cast(Any, ctx)
         (indices,) = cast("tuple[Tensor]", context.saved_tensors)
         weight = cast(_Alias, context.weight)
-        weight.gather.add_rows(weight, indices.reshape(-1), g.reshape(-1, g.shape[-1]))
+        indices, rows = indices.reshape(-1), g.reshape(-1, g.shape[-1])
+        if weight.owner.paused:
+            return None, rows.new_zeros(weight.shape).index_add(0, indices, rows)
+        weight.owner.add_rows(weight, indices, rows)
         return None, None
 
 
@@ -110,12 +129,14 @@ class Gather:
     def __init__(self, parameters: Mapping[str, Tensor], accumulate: Accumulate | None = None) -> None:
         self._parameters = dict(parameters)
         self._accumulate = accumulate
+        self.paused = True  # while the model runs: a gradient that it takes itself, on the way, is not to be added
         self._wide: dict[str, Tensor] = {}
-        self._places: tuple[nn.Module, list[tuple[dict[str, Any], str, Tensor]], list[nn.RNNBase]] | None = None
-        self._aliases: dict[int, _Alias] = {}
+        self._places: _Places | None = None
+        self._aliases: dict[int, Tensor] = {}
         for name, parameter in self._parameters.items():
-            alias = parameter.detach().as_subclass(_Alias).requires_grad_()
-            alias.gather = weakref.proxy(self)  # no cycle: buffers go when the call is over
+            alias = parameter.detach().as_subclass(_Alias)
+            alias.requires_grad_()
+            alias.owner = weakref.proxy(self)  # no cycle: buffers go when the call is over
             if accumulate is not None or alias.dtype in (torch.bfloat16, torch.float16):
                 alias.register_post_accumulate_grad_hook(self._hook(name))
             self._aliases[id(parameter)] = alias
@@ -176,8 +197,12 @@ class Gather:
                 torch.autograd.backward([tensor], [gradient])
 
     @contextmanager
-    def swapped_into(self, module: nn.Module) -> Iterator[None]:
-        """Within the block, `module` and all below it use the aliases in place of their parameters."""
+    def swapped_into(self, module: nn.Module) -> Generator[None]:
+        """Within the block, `module` and all below it use the aliases in place of their parameters.
+
+        Products are added in place only once `paused` is set to False, when the chunk's own backward pass begins.
+        """
+        self.paused = True
         places, recurrent = self._find_places(module)
         try:
             for own, name, parameter in places:
@@ -191,17 +216,18 @@ class Gather:
             for rnn in recurrent:
                 _refresh_flat_weights(rnn)
 
-    def _find_places(self, module: nn.Module) -> tuple[list[tuple[dict[str, Any], str, Tensor]], list[nn.RNNBase]]:
+    def _find_places(self, module: nn.Module) -> tuple[Sequence[_Place], Sequence[nn.RNNBase]]:
         """Where `module` holds the parameters: looked up once, entered once per chunk."""
-        if self._places is None or self._places[0] is not module:
-            places = [
+        found = self._places
+        if found is None or found[0] is not module:
+            places: list[_Place] = [
                 (cast("dict[str, Any]", submodule._parameters), name, parameter)  # pyright: ignore[reportPrivateUsage]
                 for submodule in module.modules()
                 for name, parameter in submodule._parameters.items()  # pyright: ignore[reportPrivateUsage]
                 if parameter is not None and id(parameter) in self._aliases
             ]
-            self._places = (module, places, [m for m in module.modules() if isinstance(m, nn.RNNBase)])
-        return self._places[1:]
+            found = self._places = (module, places, [m for m in module.modules() if isinstance(m, nn.RNNBase)])
+        return found[1:]
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         def take(alias: Tensor) -> None:
@@ -224,7 +250,7 @@ def _refresh_flat_weights(rnn: nn.RNNBase) -> None:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def _uninterrupted() -> Generator[None]:
     """Hold signals that Python handles (SIGINT, SIGTERM) back until the block is done."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python runs its signal handlers in the main thread only

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -24,8 +24,8 @@ def derive_seed(seed: int, index: int) -> int:
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Within the block the CPU's generator and the device's draw from `seed`; afterwards they stand where they stood."""
+def seeded(seed: int, device: torch.device) -> Generator[None]:
+    """Within the block the generators of CPU and device draw from `seed`; then they stand where they stood."""
     backend = None if device.type == "cpu" else torch.get_device_module(device)
     cpu_state = torch.get_rng_state()
     device_state = None if backend is None else backend.get_rng_state()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -85,7 +85,7 @@ class Event:
         chunk: the chunk's number, from 0.
         num_chunks: of the sequence.
         loss: the chunk's summed loss, where it was computed.
-        held_bytes: what the sweep holds at this moment: kept states, live state, adjoint (not gradients, not the graph).
+        held_bytes: what the sweep holds now: kept states, live state, adjoint (not the gradients, not the graph).
         adjoint_norm: in the reverse sweep, the norm of the gradient with respect to the state before the chunk: how
             far back memory reaches.
     """
@@ -117,7 +117,7 @@ def refuse_nesting() -> None:
 
 
 @contextmanager
-def _inside_chunk() -> Iterator[None]:
+def _inside_chunk() -> Generator[None]:
     refuse_nesting()
     _active.inside = True
     try:
@@ -160,8 +160,10 @@ class Run:
         ]
         self._store = Store(schedule.store, schedule.num_slots(self._num_chunks))
         self._slots: dict[int, list[Any]] = {}
+        self._verify_bits = verify_bits
         self._checksums = [array("q") for _ in self._carriers] if verify_bits else []
         self._final_state: tree.Tree = None
+        self._final_gradient: Sequence[Tensor | None] = ()
         self._losses_done = False
         self._phase = "new"
 
@@ -216,10 +218,8 @@ class Run:
         """
         self._move_to("swept", "reversed")
         try:
-            for carrier, gradient in zip(self._carriers, self._match_gradient(final_state_grad), strict=True):
-                if gradient is not None:
-                    carrier.set_adjoint(gradient)
-            cotangent = loss_grad if callable(loss_grad) else lambda _chunk: loss_grad
+            self._final_gradient = self._match_gradient(final_state_grad)
+            cotangent = loss_grad if callable(loss_grad) else _constant(loss_grad)
             assert self._first_reverse is not None
             self._reverse_chunk(self._first_reverse.chunk, Mode.FROM_BEFORE, cotangent)
             mode = Mode.ROLL_BACK if self._rolls_back else Mode.FROM_BEFORE
@@ -254,7 +254,9 @@ class Run:
     def _advance_chunk(self, chunk: int, *, losses: bool) -> None:
         mode = Mode.FORWARD if self._phase == "swept" else Mode.AGAIN
         result = None
-        with _inside_chunk(), self._program.chunk_context(chunk):
+        # Gradients are on as in the reverse sweep, though nobody asks for them here: torch chooses some kernels by it
+        # (matmul folds or batches, recurrent layers have a kernel for inference), and other kernels give other bits.
+        with _inside_chunk(), self._program.chunk_context(chunk), torch.set_grad_enabled(self._verify_bits):
             state = self._bind(mode, chunk)
             if losses:
                 result = self._program.run(chunk, state)
@@ -291,6 +293,7 @@ class Run:
             self._check()
             if chunk == self._num_chunks - 1:
                 self._final_state = self._collect_final()
+                self._enter_final_gradient()
             self._backward(chunk, result, cotangent(chunk))
         for carrier in self._carriers:
             carrier.settle()
@@ -334,6 +337,19 @@ class Run:
             return [None] * len(self._carriers)
         return match_gradient(gradient, self._spec, [carrier.name for carrier in self._carriers])
 
+    def _enter_final_gradient(self) -> None:
+        """The adjoint begins as the final state's gradient, once the final state and its shapes are known."""
+        leaves = tree.leaves(self._final_state)
+        for carrier, gradient, leaf in zip(self._carriers, self._final_gradient, leaves, strict=True):
+            if gradient is not None:
+                expected = leaf.value.shape if isinstance(leaf, PrefixSum | Growing) else getattr(leaf, "shape", None)
+                if expected is not None and gradient.shape != expected:
+                    raise SweepError(
+                        f"the gradient of state {carrier.name}: expected the final state's shape {list(expected)}, "
+                        f"got {list(gradient.shape)}"
+                    )
+                carrier.set_adjoint(gradient)
+
     def _record(self, chunk: int) -> None:
         """Note the bits of the live state after `chunk` (-1: the initial state)."""
         for log, carrier in zip(self._checksums, self._carriers, strict=False):
@@ -373,6 +389,10 @@ class Run:
         self._phase = "closed"
         self._slots.clear()
         self._store.close()
+
+
+def _constant(cotangent: Tensor) -> Callable[[int], Tensor | None]:
+    return lambda chunk: cotangent
 
 
 def match_gradient(gradient: tree.Tree, spec: tree.TreeSpec, names: Sequence[str]) -> list[Tensor | None]:

@@ -164,8 +164,10 @@ class Every(_Schedule):
                 yield Action(Kind.FREE, chunk, slot_of(chunk))
 
     def num_slots(self, num_chunks: int) -> int:
-        """One per segment, and the inner chunks of the segment in hand that are neither its first nor its last."""
-        return -(-num_chunks // self.k) + max(0, min(self.k, num_chunks) - 2)
+        """One per segment left, and the inner chunks of the segment in hand that are neither its first nor its last."""
+        segments = -(-num_chunks // self.k)
+        final = num_chunks - (segments - 1) * self.k
+        return max(segments + max(0, final - 2), (segments - 1 + max(0, self.k - 2)) if segments > 1 else 0)
 
     def num_advances(self, num_chunks: int) -> int:
         """The first sweep, and each segment but the final one again without its last chunk."""

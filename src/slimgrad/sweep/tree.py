@@ -26,7 +26,11 @@ def map_leaves(function: Callable[[Any], Any], tree: Tree) -> Tree:
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
     """The same tree with `function` applied to its tensors; other leaves stay."""
-    return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+    def apply(leaf: Any) -> Any:
+        return function(leaf) if isinstance(leaf, Tensor) else leaf
+
+    return pytree.tree_map(apply, tree)
 
 
 def tensors(tree: Tree) -> list[Tensor]:

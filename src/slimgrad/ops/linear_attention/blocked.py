@@ -10,26 +10,31 @@ in the forward pass, and the gradients of k and v from a *suffix* sum of q_t dnu
 cancels. The glossary is in `parts`.
 
 **Memory.** Saved for backward: q, k, v, y, one denominator per token and head, and the state before: per token and head
-2 M + 2 D + 1 numbers, plus M (D + 1) per head once. Neither the masked scores nor the per-block states are kept: they
-are computed again, a group of blocks at a time, so temporaries besides the gradients are bounded by the group.
-`block_sums` holds n = T / c block sums (as large as k when c = D), until its `Parts` is dropped.
+2 M + 2 D + 1 numbers (2 M + D without the normaliser), plus M (D + 1) per head once. Neither the masked scores nor the
+states of the blocks are kept. They are computed again, a group of blocks at a time, so temporaries besides the
+gradients are a fixed number of groups, and one state per group. `block_sums` holds T / c block sums (as large as k
+when c = D), until its `Parts` is dropped.
 
-**Time.** 4 (c/2 + c/2 + D/2 + D/2 ...) matrix products: forward 2 (c M + c D + 2 M D) FLOPs per token and head, backward
-2 (3 c M + 2 c D + 5 M D). Serial steps over time: T / c additions.
+**Time.** FLOPs per token and head: forward 2 (c M + c D + 2 M D), backward 2 (3 c M + 2 c D + 5 M D), and 4 M D more
+where the totals take gradients. Serial steps over time: T / c additions of a state.
 
 **Measured** (two threads of an AVX-512 CPU, float32, B = 1, M = D = 64, H = 8 and 16, T = 256, 1024, 8192; forward and
-backward with a state on both sides):
+backward; best of many runs, repeatable to about 10%):
 
-- Contiguous copies of a *group* of blocks, all blocks and heads in one batched product, won. One batched product per
-  block on strided views (no copies) lost by 1.3 to 1.6 times: a copy costs a tenth of a product, and four
-  times as many small operations cost more than that.
-- Groups of 64 matrices (256 tokens at H = 16) were best or level; the whole of T = 8192 as one group lost by up to 1.6
-  times, as its scores leave the cache.
-- Blocks of 64 won; 32 was level within the noise but doubles the states; 128 lost by 1.2 times (its triangle wastes
-  more products), 256 by 1.4.
-- A column of ones appended to v, which would give the denominator for free, lost: products 65 wide run 20% slower.
-- A batched product with one output column is 7 times slower than the same product with one output row: hence `_dot`.
+- Contiguous copies of a *group* of blocks, all its blocks and heads in one batched product, won. One batched product
+  per block on strided views, without copies, took 1.15 to 1.6 times as long: a copy costs a tenth of a product, and the
+  small operations come once per block instead of once per group.
+- Groups of 64 matrices (256 tokens at H = 16) were best or level. Groups four times larger took up to 1.7 times as
+  long at H = 16, as their scores leave the cache.
+- Blocks of 64 won; 32 took 1.03 to 1.3 times as long and doubles the states; 128 took 1.1 to 1.4 times, as more of
+  each masked product is thrown away.
+- A column of ones appended to v, which would give the denominator for free, lost: products 65 wide take 1.2 times as
+  long as those 64 wide.
+- A batched product with one output column takes 7 times as long as one with one output row: hence `_dot`.
 """
+
+# pyright: reportConstantRedefinition=false, reportIncompatibleMethodOverride=false
+# The paper's symbols are capitals (R, S, G) and are rebound; autograd.Function types its methods as (*args).
 
 from typing import Any, NamedTuple
 
@@ -81,16 +86,16 @@ def attend(q: Features, parts: Parts, before: State, *, eps: float = PAPER_EPS) 
     if parts.blocks is None:
         raise ValueError("expected parts with block sums; got parts of another form: use this form's own block_sums")
     outputs = _Attend.apply(q, parts.k, parts.v, *before, *parts.blocks, eps, parts.block)
-    return outputs[0] if isinstance(outputs, tuple) else outputs
+    return (outputs[0] if isinstance(outputs, tuple) else outputs).to(parts.v.dtype)
 
 
 class _Group(NamedTuple):
-    """Consecutive blocks of one size, computed in one batched product: tokens start..stop, the chunk's blocks first.."""
+    """Consecutive blocks of equal size, computed in one batched product."""
 
-    start: int
-    stop: int
+    start: int  # token
+    stop: int  # token
     num_blocks: int
-    first: int
+    first: int  # block
 
 
 def _groups(x: Tensor, block: int) -> list[_Group]:
@@ -133,7 +138,7 @@ def _running(first: Tensor, parts: Tensor, *, backwards: bool = False) -> tuple[
 
 
 def _dot(x_bcM: Tensor, s_bM: Tensor) -> Tensor:
-    """Return x_t . s for each row as [b, c, 1]; one output row, because one output column is slow in a batched product."""
+    """Return x_t . s for each row as [b, c, 1]: one output row, as one output column is slow in a batched product."""
     return torch.bmm(s_bM.unsqueeze(1), x_bcM.mT).mT
 
 
@@ -208,7 +213,10 @@ def _row_products(x: Tensor, A_NXY: Tensor, b_N1Y: Tensor | None, like: Tensor) 
 
 
 class _Attend(torch.autograd.Function):
-    """(q, k, v, before) -> y, and with the normaliser the denominators [B, T, H, 1] (detached)."""
+    """(q, k, v, before) -> y in the sums' dtype, and with the normaliser the denominators [B, T, H, 1] (detached).
+
+    y is cast outside: its saved rows enter the gradient of the denominator, where 16 bits are not enough.
+    """
 
     @staticmethod
     def forward(
@@ -224,7 +232,7 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         (B, T, H, M), D = q.shape, v.shape[-1]
         R_NMD, S_NM = R.reshape(B * H, M, D), None if S is None else S.reshape(B * H, M)
-        y = torch.empty(B, T, H, D, dtype=v.dtype, device=v.device)
+        y = torch.empty(B, T, H, D, dtype=R.dtype, device=v.device)
         den = None if S is None else torch.empty(B, T, H, 1, dtype=R.dtype, device=v.device)
         with without_autocast(q):
             for group in _groups(q, block):
@@ -264,12 +272,10 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | tuple[Tensor, None]:
-        q, k, v, R, S, y, den = ctx.saved_for_forward
-        with without_autocast(q):
-            num_t, den_t = _tangents((q, k, v, R, S), tangents[:5], ctx.block)
-            if y is None:
-                return num_t.to(v.dtype)
-            return ((num_t - y * den_t) / den).to(v.dtype), None
+        *primals, y, den = ctx.saved_for_forward
+        with without_autocast(primals[0]):
+            num_t, den_t = _tangents(tuple(primals), tangents[:5], ctx.block)
+            return num_t if y is None else ((num_t - y * den_t) / den, None)
 
 
 def _states_before_groups(k: Tensor, v: Tensor, R: Tensor, S: Tensor | None, groups: list[_Group]) -> list[State]:
@@ -293,7 +299,7 @@ def _attend_backward(dy: Tensor, saved: tuple[Any, ...], block: int) -> tuple[Te
     groups = _groups(q, block)
     states = _states_before_groups(k, v, R, S, groups)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    G_NMD, H_NM = R.new_zeros(B * H, M, D), None if S is None else R.new_zeros(B * H, M)
+    G_NMD, g_NM = R.new_zeros(B * H, M, D), None if S is None else R.new_zeros(B * H, M)
     for group, (R_NMD, S_NM) in zip(reversed(groups), reversed(states), strict=True):
         n, shape = group.num_blocks, _rows(q, group).shape[:-1]
         q_bcM, k_bcM, v_bcD, e_bcD = (_fold(x, group, dtype) for x in (q, k, v, dy))
@@ -313,15 +319,15 @@ def _attend_backward(dy: Tensor, saved: tuple[Any, ...], block: int) -> tuple[Te
             dP_bcc = torch.baddbmm(w_bc1.expand_as(P_bcc), e_bcD, v_bcD.mT).tril_()
         dq_bcM = torch.bmm(dP_bcc, k_bcM).baddbmm_(e_bcD, R_before.mT)
         dk_bcM = torch.bmm(dP_bcc.mT, q_bcM).baddbmm_(v_bcD, G_after.mT)
-        if w_bc1 is not None and S_NM is not None and H_NM is not None:
+        if w_bc1 is not None and S_NM is not None and g_NM is not None:
             S_before, _ = _running(S_NM, k_bcM.sum(1).view(n, -1, M))
-            H_after, H_NM = _running(H_NM, torch.bmm(w_bc1.mT, q_bcM).view(n, -1, M), backwards=True)
+            g_after, g_NM = _running(g_NM, torch.bmm(w_bc1.mT, q_bcM).view(n, -1, M), backwards=True)
             dq_bcM.addcmul_(w_bc1, S_before.view(-1, 1, M))
-            dk_bcM.add_(H_after.view(-1, 1, M))
+            dk_bcM.add_(g_after.view(-1, 1, M))
         _rows(dq, group).copy_(dq_bcM.view(*shape, M))
         _rows(dk, group).copy_(dk_bcM.view(*shape, M))
         _rows(dv, group).copy_(dv_bcD.view(*shape, D))
-    return dq, dk, dv, G_NMD.view(B, H, M, D), None if H_NM is None else H_NM.view(B, H, M)
+    return dq, dk, dv, G_NMD.view(B, H, M, D), None if g_NM is None else g_NM.view(B, H, M)
 
 
 def _or_zeros(tangent: Tensor | None, primal: Tensor) -> Tensor:
@@ -331,8 +337,8 @@ def _or_zeros(tangent: Tensor | None, primal: Tensor) -> Tensor:
 def _tangents(
     primals: tuple[Any, ...], tangents: tuple[Tensor | None, ...], block: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the tangents of numerator and denominator, each linear in q, in (k, R, S) and in (v, R); block by block."""
-    q, k, v, R, S = primals
+    """Return the tangents of numerator and denominator by the product rule, block by block."""
+    R, S = primals[3:]
     R_t, S_t = _or_zeros(tangents[3], R), None if S is None else _or_zeros(tangents[4], S)
     doubled = [x for primal, t in zip(primals[:3], tangents[:3], strict=True) for x in (primal, _or_zeros(t, primal))]
     nums: list[Tensor] = []

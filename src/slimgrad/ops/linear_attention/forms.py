@@ -4,7 +4,7 @@ import logging
 from functools import cache
 
 from . import blocked, iterative, prefix_sum, reference
-from .parts import PAPER_EPS, Features, Form, State, Values, advance, plain_sums, zero_state
+from .parts import PAPER_EPS, Features, Form, State, Values, add_states, plain_sums, zero_state
 
 FORMS: dict[str, Form] = {
     form.name: form
@@ -52,12 +52,12 @@ def linear_attention(
 ) -> tuple[Values, State]:
     """Return causal linear attention over a chunk, and the state after it.
 
-    y_t = R_t^T q_t / (S_t . q_t + eps), with R_t = R_0 + sum_{j <= t} k_j v_j^T and S_t = S_0 + sum_{j <= t} k_j; without
-    ``normalize`` y_t = R_t^T q_t and S is None.
+    y_t = R_t^T q_t / (S_t . q_t + eps), with R_t = R_0 + sum_{j <= t} k_j v_j^T and S_t = S_0 + sum_{j <= t} k_j;
+    without ``normalize`` y_t = R_t^T q_t and S is None.
 
-    Shapes: q, k ``[B, T, H, M]`` (after the feature map), v ``[B, T, H, D]``, state ``(R [B, H, M, D], S [B, H, M])``, None
-    for zeros; y ``[B, T, H, D]`` in v's dtype. For 16-bit inputs the sums and the state are float32.
-    ``impl`` is a name of `get_form`; ``block``, in tokens, is for "blocked" alone. Differentiable in all of q, k, v and state.
+    Shapes: q, k ``[B, T, H, M]`` (after the feature map), v ``[B, T, H, D]``, state ``(R [B, H, M, D], S [B, H, M])``
+    or None for zeros; y ``[B, T, H, D]`` in v's dtype. For 16-bit inputs the sums and the state are float32.
+    ``impl`` is a name of `get_form`; ``block``, in tokens, is for "blocked" alone. Differentiable in q, k, v and state.
     Raises ValueError for unknown names and for shapes or dtypes that do not match.
     Cost over a sequence of length L: O(L) time and memory, but O(L M D) memory for "prefix_sum" and O(L^2) time and
     memory for "quadratic".
@@ -70,4 +70,4 @@ def linear_attention(
     form = get_form(impl)
     parts = form.block_sums(k, v, block=block, normalize=normalize)
     before = zero_state(k, v, normalize=normalize) if state is None else state
-    return form.attend(q, parts, before, eps=eps), advance(before, parts.total)
+    return form.attend(q, parts, before, eps=eps), add_states(before, parts.total)

@@ -4,7 +4,8 @@ One state is updated in place from token to token, and the prefix sums are never
 walks back from the *last* state, which alone is kept, and rebuilds each earlier one by subtraction:
 
     forward   R_t = R_{t-1} + k_t v_t^T                 u_t = R_t^T q_t
-    backward  dq_t = R_t du_t,  G_t = G_{t+1} + q_t du_t^T,  dk_t = G_t v_t,  dv_t = G_t^T k_t,  R_{t-1} = R_t - k_t v_t^T
+    backward  dq_t = R_t du_t       G_t = G_{t+1} + q_t du_t^T      R_{t-1} = R_t - k_t v_t^T
+              dk_t = G_t v_t        dv_t = G_t^T k_t
 
 The normaliser rides along as one more column of v, all ones: R then carries S as its last column, and u the
 denominator. The glossary is in `parts`.
@@ -16,6 +17,9 @@ ends with is off by rounding that grows with T, which the blocked form, free of 
 Forward mode: a jvp rule, three runs of the loop, u being linear in q, in (k, R) and in (v, R).
 Source: the paper, section 3, the iterative form; see PAPER_EPS for its denominator.
 """
+
+# pyright: reportConstantRedefinition=false, reportIncompatibleMethodOverride=false
+# The paper's symbols are capitals (R, S, G) and are rebound; autograd.Function types its methods as (*args).
 
 from typing import Any
 
@@ -57,13 +61,27 @@ def attend(q: Features, parts: Parts, before: State, *, eps: float = PAPER_EPS) 
 
 def _scan(q: Tensor, k: Tensor, v: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     """Return u_t = R_t^T q_t ``[B, T, H, D]`` and the state after the last token."""
-    state = R.clone()
-    u = torch.empty_like(v)
-    steps = zip(q.unbind(1), k.unsqueeze(-1).unbind(1), v.unsqueeze(-2).unbind(1), u.unbind(1), strict=True)
-    for q_t, k_t, v_t, u_t in steps:
-        state.addcmul_(k_t, v_t)
-        u_t.copy_((q_t.unsqueeze(-2) @ state).squeeze(-2))
-    return u, state
+    rows = list[Tensor]()
+    for q_t, k_t, v_t in zip(
+        q.unsqueeze(-2).unbind(1), k.unsqueeze(-1).unbind(1), v.unsqueeze(-2).unbind(1), strict=True
+    ):
+        R = torch.addcmul(R, k_t, v_t)
+        rows.append((q_t @ R).squeeze(-2))
+    return torch.stack(rows, 1), R
+
+
+def _scan_back(du: Tensor, q: Tensor, k: Tensor, v: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v and the state before, walking back from the state after the last token."""
+    state, G = last.clone(), torch.zeros_like(last)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    for t in reversed(range(q.shape[1])):
+        q_t, k_t, v_t, du_t = q[:, t], k[:, t], v[:, t], du[:, t]
+        G.addcmul_(q_t.unsqueeze(-1), du_t.unsqueeze(-2))
+        dq[:, t] = (state @ du_t.unsqueeze(-1)).squeeze(-1)
+        dk[:, t] = (G @ v_t.unsqueeze(-1)).squeeze(-1)
+        dv[:, t] = (k_t.unsqueeze(-2) @ G).squeeze(-2)
+        state.addcmul_(k_t.unsqueeze(-1), v_t.unsqueeze(-2), value=-1)
+    return dq, dk, dv, G
 
 
 class _Scan(torch.autograd.Function):
@@ -88,16 +106,8 @@ class _Scan(torch.autograd.Function):
         if du is None:
             return None, None, None, None
         q, k, v, last = ctx.saved_tensors
-        state, G = last.clone(), torch.zeros_like(last)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for t in reversed(range(q.shape[1])):
-            q_t, k_t, v_t, du_t = q[:, t], k[:, t], v[:, t], du[:, t]
-            G.addcmul_(q_t.unsqueeze(-1), du_t.unsqueeze(-2))
-            dq[:, t] = (state @ du_t.unsqueeze(-1)).squeeze(-1)
-            dk[:, t] = (G @ v_t.unsqueeze(-1)).squeeze(-1)
-            dv[:, t] = (k_t.unsqueeze(-2) @ G).squeeze(-2)
-            state.addcmul_(k_t.unsqueeze(-1), v_t.unsqueeze(-2), value=-1)
-        return dq, dk, dv, G
+        with without_autocast(q):
+            return _scan_back(du, q, k, v, last)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:

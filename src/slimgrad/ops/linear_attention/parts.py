@@ -41,7 +41,7 @@ PAPER_EPS = 1e-16  # what the paper's published code adds to the denominator
 class Parts:
     """A chunk's keys, values and their sums; made by ``block_sums``, spent by ``attend``."""
 
-    k: Features  # for attend alone: use your own k and v elsewhere
+    k: Features
     v: Values
     total: State  # (sum of k v^T, sum of k or None); differentiable in k and v; float32 for 16-bit inputs
     blocks: State | None  # per-block sums, detached, [blocks, B*H, M, D] and [blocks, B*H, M]; None: the form has none
@@ -85,7 +85,7 @@ def zero_state(k: Features, v: Values, *, normalize: bool = True) -> State:
     return R_BHMD, R_BHMD.new_zeros(B, H, M) if normalize else None
 
 
-def advance(before: State, total: State) -> State:
+def add_states(before: State, total: State) -> State:
     """Return ``before + total``: the state after the chunk, where nobody needs it to go back exactly."""
     R, S = before
     dR, dS = total

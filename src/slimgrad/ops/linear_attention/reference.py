@@ -9,6 +9,9 @@ Cost: quadratic O(T^2 (M + D)) time and O(T^2) memory per head; recurrent O(T M 
 Source: the paper, section 2, equations for causal attention by prefix sums.
 """
 
+# pyright: reportConstantRedefinition=false
+# The paper's symbols are capitals (R, S) and are rebound.
+
 import torch
 from torch import Tensor
 

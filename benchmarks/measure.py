@@ -1,0 +1,203 @@
+"""Measuring one gradient: resident memory in a child process, live tensor bytes, FLOPs, time.
+
+Every figure comes with what it was measured on. `python -m benchmarks.measure '<json of a Case>'` is the child.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import slimgrad as sg
+from slimgrad.losses import cross_entropy_sum
+from slimgrad.models import Performer, PerformerConfig, get_preset
+
+RESULTS = Path(__file__).parent / "results"
+SMALL = "small"
+# default: as a user finds it. warm: glibc keeps freed blocks, so nothing is faulted in twice. mapped: every block from
+# 64 KiB up is mapped and returned by itself, so resident memory is what is in use.
+MALLOC = {
+    "default": {},
+    "warm": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 36)},
+    "mapped": {"MALLOC_MMAP_THRESHOLD_": "65536"},
+}
+SCHEDULES: dict[str, Callable[[], sg.Schedule]] = {
+    "rebuild": sg.Rebuild,
+    "keep": sg.Keep,
+    "every": lambda: sg.Every(32),
+    "binomial": lambda: sg.Binomial(8),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One gradient: a model, a length, and how it is computed ("plain", "checkpoint", or a schedule's name)."""
+
+    model: str
+    length: int
+    method: str
+    chunk: int = 0
+
+    def build(self) -> tuple[Performer, torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        small = PerformerConfig(layers=2, width=128, heads=2)
+        model = Performer(small if self.model == SMALL else get_preset(self.model).model)
+        tokens = torch.randint(0, 256, (1, self.length), dtype=torch.uint8)
+        return model, tokens, torch.randint(0, 256, (1, self.length), dtype=torch.uint8).to(torch.int16)
+
+    def gradient(self, model: Performer, tokens: torch.Tensor, targets: torch.Tensor) -> None:
+        if self.method in SCHEDULES:
+            sg.backward(model, tokens, targets, chunk=self.chunk, schedule=SCHEDULES[self.method]())
+            return
+        if self.method == "checkpoint":
+            checkpoint_layers(model)
+        outputs, _ = model(tokens, model.initial_state(1))
+        (cross_entropy_sum(outputs, targets) / targets.numel()).backward()
+
+
+def checkpoint_layers(model: Performer) -> None:
+    """The usual remedy: keep each layer's input, recompute the layer in the backward pass."""
+    for layer in model.layers:
+        if "forward" not in vars(layer):
+            inner = layer.forward
+            layer.forward = lambda *args, inner=inner: checkpoint(inner, *args, use_reentrant=False)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensor storages made within it and still alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in tree_leaves((args, kwargs)):  # what existed before is not ours: parameters, tokens
+            if isinstance(x, torch.Tensor):
+                self._seen.add(x.untyped_storage()._cdata)
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                key = storage._cdata
+                if key not in self._seen:
+                    self._seen.add(key)
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._freed, key, storage.nbytes())
+        return result
+
+    def _freed(self, key: int, nbytes: int) -> None:
+        self._seen.discard(key)
+        self.live -= nbytes
+
+
+def count_flops(case: Case) -> int:
+    """Floating-point operations of the matrix products of one gradient."""
+    model, tokens, targets = case.build()
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops})
+    with counter:
+        case.gradient(model, tokens, targets)
+    return counter.get_total_flops()
+
+
+def _addmm_flops(self_shape: Any, a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def count_live_bytes(case: Case) -> int:
+    """Peak bytes of tensors that one gradient makes: activations, states, gradients."""
+    model, tokens, targets = case.build()
+    with LiveBytes() as live:
+        case.gradient(model, tokens, targets)
+    return live.peak
+
+
+def measure_child(case: Case) -> dict[str, float]:
+    """What the child process prints: peak resident bytes above those before the gradient, and its seconds (Linux).
+
+    From the kernel's high-water mark of this address space, reset first. `getrusage` would not do: its maximum survives
+    fork and exec, so a child starts with its parent's.
+    """
+    model, tokens, targets = case.build()
+    warm = Case(model=case.model, length=min(case.length, 64), method=case.method, chunk=case.chunk)
+    warm.gradient(*warm.build())  # what is loaded and created once is not the gradient's
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    start = time.perf_counter()
+    case.gradient(model, tokens, targets)
+    seconds = time.perf_counter() - start
+    return {"resident_bytes": _status_bytes("VmHWM") - before, "seconds": seconds}
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def run_child(case: Case, malloc: str) -> dict[str, float]:
+    """Measure `case` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.measure", json.dumps(asdict(case))]
+    environment = {**os.environ, **MALLOC[malloc]}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def median(values: list[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "slimgrad": sg.__version__,
+    }
+
+
+def save(name: str, rows: list[dict[str, Any]], command: str) -> Path:
+    """Write rows with their origin to `results/<name>.json`."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"command": command, "machine": machine(), "rows": rows}, indent=1) + "\n")
+    return path
+
+
+@contextmanager
+def timed() -> Iterator[list[float]]:
+    """Append the block's wall-clock seconds to the list it yields."""
+    seconds: list[float] = []
+    start = time.perf_counter()
+    yield seconds
+    seconds.append(time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_child(Case(**json.loads(sys.argv[1])))))

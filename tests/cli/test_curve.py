@@ -1,0 +1,33 @@
+"""The sketch in the terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from slimgrad.cli.curve import sketch, smooth
+from slimgrad.cli.training import megabytes, printable
+
+
+def test_smooth_is_a_trailing_mean() -> None:
+    assert smooth([4.0, 2.0, 6.0, 0.0], 2) == [4, 3, 4, 3]
+    assert smooth([1.0, 2.0], 1) == [1, 2]
+
+
+def test_sketch_falls_from_the_top_left_to_the_bottom_right() -> None:
+    lines = sketch([3.0, 2.0, 1.0], width=3, height=3, unicode=False)
+    assert lines == [" 3.00 |**", "      | **", " 1.00 |  *"]
+
+
+@pytest.mark.parametrize("values", [[2.0], [2.0] * 50, [i / 100 for i in range(1000)]])
+@pytest.mark.parametrize("unicode", [True, False])
+def test_sketch_fits_its_size(values: list[float], unicode: bool) -> None:
+    lines = sketch(values, width=20, height=5, unicode=unicode)
+    assert len(lines) == 5
+    assert all(len(line) <= 27 for line in lines)
+    assert unicode or all(line.isascii() for line in lines)
+
+
+def test_bytes_as_a_terminal_can_show_them() -> None:
+    assert printable(b"a\nb\x1b[31m\xff\xc3\xa9") == "a\nb\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}é"
+    assert megabytes(None) == "not measured"
+    assert megabytes(1_234_500_000) == "1,234 MB"

@@ -1,0 +1,176 @@
+"""The contract can fail: each classical mistake, planted in the real code, is found by the contract's own check.
+
+A mistake shows as a gradient that is off (AssertionError), or is refused on the way (SlimgradError).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import slimgrad as sg
+from slimgrad import api, chunks
+from slimgrad.call import Call, Started
+from slimgrad.losses import token_cross_entropy
+from slimgrad.sweep import accumulator
+from slimgrad.sweep.accumulator import Accumulator
+from slimgrad.sweep.carrier import GrowingCarrier, SumCarrier, TensorCarrier
+from slimgrad.sweep.gather import Gather
+from tests.contract import contract
+from tests.contract.cases import CASES, tokens
+from tests.toy_models import GatedRecurrence
+
+CHUNK = 9
+build = dict(CASES)
+
+
+def test_a_cut_state_gradient_of_plain_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TensorCarrier, "roots", lambda self: [])
+    with pytest.raises(AssertionError, match="off by"):
+        contract.check(build["gated"], chunk=CHUNK)
+
+
+def test_a_cut_state_gradient_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SumCarrier, "roots", lambda self: [])
+    with pytest.raises(AssertionError, match="off by"):
+        contract.check(build["linear attention"], chunk=CHUNK)
+
+
+def test_a_cut_state_gradient_of_growing_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GrowingCarrier, "add_gradient", lambda self, g: None)
+    with pytest.raises(AssertionError, match="off by"):
+        contract.check(build["cached"], chunk=CHUNK)
+
+
+def test_a_cut_gradient_between_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    reverse = Started.reverse
+    monkeypatch.setattr(Started, "reverse", lambda self, loss_grad, final=None: reverse(self, loss_grad, None))
+    with pytest.raises(AssertionError, match="off by"):
+        contract.check_carried(build["all kinds"], cuts=[58], chunks=[CHUNK, CHUNK])
+
+
+def test_the_target_at_a_chunk_edge_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    target_slice = chunks.ChunkedSequence._target_slice
+
+    def off_by_one(self: chunks.ChunkedSequence, chunk: int) -> Tensor:
+        targets = target_slice(self, chunk).clone()
+        targets[:, -1] = -100
+        return targets
+
+    monkeypatch.setattr(chunks.ChunkedSequence, "_target_slice", off_by_one)
+    with pytest.raises(AssertionError):
+        contract.check(build["all kinds"], chunk=CHUNK)
+
+
+@pytest.mark.parametrize("step", [-1, 1], ids=["a token twice", "a token skipped"])
+def test_the_input_at_a_chunk_edge(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    span = chunks.ChunkedSequence.span
+
+    def off_by_one(self: chunks.ChunkedSequence, chunk: int) -> tuple[int, int]:
+        start, stop = span(self, chunk)
+        return (start + step if chunk else start), stop
+
+    monkeypatch.setattr(chunks.ChunkedSequence, "span", off_by_one)
+    with pytest.raises(AssertionError):
+        contract.check(build["signals"], chunk=CHUNK)
+
+
+def test_a_mean_per_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mean(outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean of the chunk, weighed as if every chunk were full and every target counted."""
+        return token_cross_entropy(outputs, targets).sum() / (targets != -100).sum() * 2 * CHUNK
+
+    monkeypatch.setattr(api, "cross_entropy_sum", mean)
+    with pytest.raises(AssertionError):
+        contract.check(build["gated"], chunk=CHUNK)
+
+
+@pytest.mark.parametrize("schedule", [sg.Rebuild(), sg.Binomial(3)], ids=["Rebuild", "Binomial"])
+@pytest.mark.parametrize("way", ["backward", "loss"])
+def test_a_draw_not_replayed(monkeypatch: pytest.MonkeyPatch, way: str, schedule: sg.Schedule) -> None:
+    monkeypatch.setattr(chunks, "seeded", lambda seed, device: nullcontext())
+    with pytest.raises(sg.StateMismatchError, match=r"state \['h'\], chunk \d+: rebuilt with other bits"):
+        contract.check_draws(GatedRecurrence().double(), tokens(), chunk=CHUNK, schedule=schedule, way=way)
+
+
+def test_a_draw_not_replayed_and_the_bits_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "seeded", lambda seed, device: nullcontext())
+    monkeypatch.setattr(sg.sweep.Run, "_check", lambda self: None)
+    with pytest.raises(AssertionError):
+        contract.check_draws(GatedRecurrence().double(), tokens(), chunk=CHUNK)
+
+
+@pytest.mark.parametrize("schedule", [sg.Rebuild(), sg.Keep()], ids=["Rebuild", "Keep"])
+def test_an_accumulator_that_wraps(monkeypatch: pytest.MonkeyPatch, schedule: sg.Schedule) -> None:
+    # integers that wrapped come back to the same bits: no checksum sees it, and Rebuild still equals Keep
+    monkeypatch.setattr(accumulator, "_LIMIT", 1 << 300)
+    with pytest.raises(AssertionError):
+        contract.check(build["growing sums"], chunk=CHUNK, schedule=schedule)
+
+
+def test_a_widening_whose_bits_are_not_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = Accumulator.add
+    monkeypatch.setattr(Accumulator, "add", lambda self, delta, *, log: add(self, delta, log=False))
+    with pytest.raises((AssertionError, sg.StateMismatchError)):
+        contract.check(build["growing sums"], chunk=CHUNK, schedule=sg.Rebuild())
+
+
+def test_a_sum_rolled_back_in_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    def subtract(self: Accumulator, delta: Tensor) -> None:
+        """(a + b) - b in float64, which is not a."""
+        quanta = delta.double() * 2.0**-self._exponent if delta.is_floating_point() else delta
+        self._data = (self._data.double() - quanta).to(self._data.dtype)
+        self._num_adds, self._value = self._num_adds - 1, None
+
+    monkeypatch.setattr(Accumulator, "subtract", subtract)
+    with pytest.raises(sg.StateMismatchError, match="other bits"):
+        contract.check(build["linear attention"], chunk=CHUNK, schedule=sg.Rebuild())
+
+
+def test_a_gradient_delivered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    deliver = Gather.deliver
+
+    def twice(self: Gather, *args: Any, **kwargs: Any) -> None:
+        gathered = [alias.grad for alias in self.aliases]
+        deliver(self, *args, **kwargs)
+        for alias, gradient in zip(self.aliases, gathered, strict=True):
+            alias.grad = gradient
+        deliver(self, *args, **kwargs)
+
+    monkeypatch.setattr(Gather, "deliver", twice)
+    with pytest.raises(AssertionError, match=r"off by 1.0e\+00"):
+        contract.check(build["gated"], chunk=CHUNK)
+
+
+def test_a_gradient_returned_twice_by_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients: Callable = Call.gradients
+    monkeypatch.setattr(
+        Call, "gradients", lambda self, grads: [None if g is None else 2 * g for g in gradients(self, grads)]
+    )
+    with pytest.raises(AssertionError, match=r"off by 1.0e\+00"):
+        contract.check(build["gated"], chunk=CHUNK, way="loss")
+
+
+def test_a_chunk_reversed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_product = Gather.add_product
+    calls = iter(range(1000))
+
+    def again(self: Gather, alias: Tensor, left: Tensor, right: Tensor) -> None:
+        for _ in range(2 if next(calls) == 5 else 1):
+            add_product(self, alias, left, right)
+
+    monkeypatch.setattr(Gather, "add_product", again)
+    with pytest.raises(AssertionError, match="off by"):
+        contract.check(build["linear attention"], chunk=CHUNK)
+
+
+def test_unmutated_code_passes_the_same_checks() -> None:
+    for name in ("gated", "cached", "all kinds", "linear attention", "growing sums", "signals"):
+        for way in ("backward", "loss"):
+            contract.check(build[name], chunk=CHUNK, way=way)
+    contract.check_carried(build["all kinds"], cuts=[58], chunks=[CHUNK, CHUNK])
+    contract.check_draws(GatedRecurrence().double(), tokens(), chunk=CHUNK)

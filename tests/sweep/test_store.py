@@ -1,0 +1,165 @@
+"""Kept states come back as they were, from anywhere, out of few slabs, and leave nothing behind."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slimgrad as sg
+from slimgrad.sweep.store import Store
+from tests.toy_models import GatedRecurrence, Signals
+
+TOKENS = torch.arange(2 * 40).reshape(2, 40) * 7 % 13
+
+
+@pytest.fixture(params=["device", "host", "disk", "folder"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
+    return tmp_path if request.param == "folder" else request.param
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.rand(3, 5),
+        torch.rand(2, 3, 7, dtype=torch.float64),
+        torch.rand(11).bfloat16(),
+        torch.randint(0, 9, (4,)),
+        torch.tensor([True, False, True]),
+        torch.tensor(2.5),
+        torch.zeros(2, 0, 3),
+        torch.rand(4, 6).t(),
+        torch.complex(torch.rand(3), torch.rand(3)),
+    ],
+    ids=["matrix", "float64", "bfloat16", "integers", "flags", "a number", "nothing", "transposed", "complex"],
+)
+def test_what_is_put_comes_back(place: str | Path, x: Tensor) -> None:
+    store = Store(place, 5)
+    kept = [(store.put(0, x * k if x.dtype != torch.bool else x), k) for k in range(4)]
+    for handle, k in kept:
+        back = store.get(handle)
+        assert torch.equal(back, x * k if x.dtype != torch.bool else x)
+        assert (back.dtype, back.shape) == (x.dtype, x.shape)
+        assert back.is_contiguous()
+        assert back.data_ptr() % 64 == 0  # as torch allocates: matrix products give other bits elsewhere
+    store.close()
+
+
+def test_one_row_then_one_slab_for_the_rest() -> None:
+    store = Store("device", 10)
+    x = torch.zeros(4, 4)
+    store.put(0, x)
+    assert store.nbytes == 64  # a constant would never need more
+    store.put(0, x)
+    assert store.nbytes == 10 * 64
+    for _ in range(8):
+        store.put(0, x)
+    assert store.nbytes == 10 * 64
+    store.put(0, x)  # more than was said: still kept, in a slab of its own
+    assert store.nbytes == 11 * 64
+    store.close()
+    assert store.nbytes == 0
+
+
+def test_leaves_and_layouts_do_not_share_slabs() -> None:
+    store = Store("device", 3)
+    a, b = store.put(0, torch.zeros(4)), store.put(1, torch.ones(4))
+    c, d = store.put(0, torch.full((5,), 2.0)), store.put(0, torch.full((4,), 3, dtype=torch.int32))
+    assert len({id(handle.slab) for handle in (a, b, c, d)}) == 4
+    assert [float(store.get(handle)[0]) for handle in (a, b, c, d)] == [0, 1, 2, 3]
+
+
+def test_freed_rows_are_used_again(place: str | Path) -> None:
+    store = Store(place, 3)
+    kept = [store.put(0, torch.full((5,), float(k))) for k in range(3)]
+    full = store.nbytes
+    for k in range(20):
+        store.free(kept.pop(0))
+        kept.append(store.put(0, torch.full((5,), 100.0 + k)))
+    assert store.nbytes == full
+    assert [float(store.get(handle)[0]) for handle in kept] == [117.0, 118.0, 119.0]
+    store.close()
+
+
+def test_a_kept_copy_is_a_copy() -> None:
+    store, x = Store("device", 1), torch.zeros(3)
+    handle = store.put(0, x)
+    x += 1
+    assert torch.equal(store.get(handle), torch.zeros(3))
+
+
+def test_files_lie_in_the_folder_while_needed_and_go(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def look(event: sg.Event) -> None:
+        seen.append(len(list(tmp_path.rglob("*.slab"))))
+
+    sg.backward(GatedRecurrence(), TOKENS, chunk=7, schedule=sg.Keep(store=tmp_path), on_chunk=look)
+    assert max(seen) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("phase", ["forward", "reverse"])
+def test_files_go_after_an_error(tmp_path: Path, phase: str) -> None:
+    def fail(event: sg.Event) -> None:
+        if event.phase == phase and event.chunk == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sg.backward(GatedRecurrence(), TOKENS, chunk=7, schedule=sg.Keep(store=tmp_path), on_chunk=fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_go_with_a_loss_that_nobody_calls_backward_on(tmp_path: Path) -> None:
+    loss = sg.loss(GatedRecurrence(), TOKENS, chunk=7, schedule=sg.Keep(store=tmp_path))
+    assert len(list(tmp_path.rglob("*.slab"))) > 0
+    del loss
+    gc.collect()  # and no ResourceWarning, which would be an error here
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_constant_is_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    puts: list[int] = []
+    put = Store.put
+    monkeypatch.setattr(Store, "put", lambda self, leaf, x: puts.append(leaf) or put(self, leaf, x))
+    inputs = {side: torch.randn(2, 40, 3) for side in ("left", "right")}
+    for schedule in (sg.Keep(), sg.Rebuild(), sg.Binomial(3), sg.Every(3)):
+        puts.clear()
+        sg.backward(Signals(), inputs, torch.zeros(2, 40, dtype=torch.int64), chunk=4, schedule=schedule)
+        assert puts.count(1) == 1  # leaf 1 never changes
+        assert puts.count(0) >= 3
+
+
+class Awkward(nn.Module):
+    """Float32 products with a state whose rows are no multiple of 64 bytes, transposed before it is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 9)
+        self.mix = nn.Parameter(torch.randn(9, 9) / 3)
+        self.head = nn.Linear(9, 13)
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        return self.mix[0].expand(batch_size, 9)  # every row the same memory
+
+    def forward(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        x, outputs = self.embed(inputs), []
+        for t in range(x.shape[1]):
+            state = torch.tanh(state @ self.mix.t() + x[:, t])
+            outputs.append(state)
+        return self.head(torch.stack(outputs, 1)), state.t().contiguous().t()
+
+
+@pytest.mark.parametrize(
+    "schedule", [sg.Keep(), sg.Every(3), sg.Binomial(2), sg.Keep(store="host"), sg.Keep(store="disk")]
+)
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_layout_and_alignment_do_not_move_bits(schedule: sg.Schedule, batch: int) -> None:
+    model = Awkward()
+    tokens = torch.randint(0, 13, (batch, 50))
+    sg.backward(model, tokens, chunk=6, schedule=schedule)  # a difference in one bit would raise
+    misaligned = torch.zeros(batch * 9 + 1)[1:].view(batch, 9)
+    sg.backward(model, tokens, chunk=6, schedule=schedule, state=misaligned)
