@@ -56,7 +56,7 @@ class Case:
 
     def build(self) -> tuple[Performer, torch.Tensor, torch.Tensor]:
         torch.manual_seed(0)
-        small = PerformerConfig(layers=2, width=128, heads=2)
+        small = PerformerConfig(layers=1, width=128, heads=2)
         model = Performer(small if self.model == SMALL else get_preset(self.model).model)
         tokens = torch.randint(0, 256, (1, self.length), dtype=torch.uint8)
         return model, tokens, torch.randint(0, 256, (1, self.length), dtype=torch.uint8).to(torch.int16)
@@ -88,20 +88,21 @@ class LiveBytes(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for x in tree_leaves((args, kwargs)):  # what existed before is not ours: parameters, tokens
-            if isinstance(x, torch.Tensor):
-                self._seen.add(x.untyped_storage()._cdata)
+        self._note((args, kwargs), ours=False)  # what existed before is not ours: parameters, tokens
         result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
+        self._note(result, ours=True)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _note(self, tensors: Any, *, ours: bool) -> None:
+        for x in tree_leaves(tensors):
             if isinstance(x, torch.Tensor):
                 storage = x.untyped_storage()
-                key = storage._cdata
+                key, nbytes = storage._cdata, storage.nbytes() if ours else 0
                 if key not in self._seen:
                     self._seen.add(key)
-                    self.live += storage.nbytes()
-                    self.peak = max(self.peak, self.live)
-                    weakref.finalize(storage, self._freed, key, storage.nbytes())
-        return result
+                    self.live += nbytes
+                    weakref.finalize(storage, self._freed, key, nbytes)
 
     def _freed(self, key: int, nbytes: int) -> None:
         self._seen.discard(key)
@@ -111,13 +112,13 @@ class LiveBytes(TorchDispatchMode):
 def count_flops(case: Case) -> int:
     """Floating-point operations of the matrix products of one gradient."""
     model, tokens, targets = case.build()
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops})
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
     with counter:
         case.gradient(model, tokens, targets)
     return counter.get_total_flops()
 
 
-def _addmm_flops(self_shape: Any, a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def addmm_flops(self_shape: Any, a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 

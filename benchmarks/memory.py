@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.measure import SMALL, Case, count_live_bytes, median, run_child, save
 
-CHUNK = 1024
+CHUNK = 2048
 LENGTHS = [4096 << shift for shift in range(0, 9, 2)]  # 4,096 to 1,048,576
 LONGEST = {"plain": 1 << 16, "checkpoint": 1 << 16}
 

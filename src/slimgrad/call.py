@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from slimgrad.budget import choose_schedule
-from slimgrad.chunks import ChunkedSequence, LossFn, SharedModel
+from slimgrad.chunks import ChunkedSequence, LossFn, SharedModel, sum_dtype, version
 from slimgrad.errors import ConsumedError, InputError
 from slimgrad.losses import count_targets
 from slimgrad.protocol import require_causal_model
@@ -125,6 +125,7 @@ class Call:
         if not self._inputs:
             raise InputError("inputs is an empty list: expected at least one sequence")
         goals = [_batched(item) for item in self.one_per_sequence(targets)]
+        self.given = tree.tensors([self._inputs, goals, options.context])  # what takes no gradient may change as well
         self._states = self.one_per_sequence(options.state)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._gather = Gather(self._parameters, accumulate) if gathers else None
@@ -148,7 +149,8 @@ class Call:
             one.batch * (one.time - 1) if goal is None else count_targets(goal, one.batch, one.time)
             for one, goal in zip(self.sequences, goals, strict=True)
         )
-        self.loss_grad = _reciprocal(options.normalizer, self.num_targets).to(self._shared.device)
+        reciprocal = _reciprocal(options.normalizer, self.num_targets)
+        self.loss_grad = torch.tensor(reciprocal, dtype=sum_dtype(self._shared.device), device=self._shared.device)
 
     def one_per_sequence(self, value: Any) -> list[Any]:
         """An argument as a list along the sequences."""
@@ -172,7 +174,10 @@ class Call:
             made = [raw_tensor(leaf) for leaf in tree.leaves(state)]
         if self._schedule is None:
             plain_bytes = sum(leaf.nbytes for leaf in tree.tensors(state))
-            self._schedule, reason = choose_schedule(plain_bytes, program.num_chunks)
+            sums = [leaf for leaf in tree.leaves(state) if isinstance(leaf, PrefixSum)]
+            sum_bytes = sum(8 * leaf.shape.numel() for leaf in sums)
+            longest = max(one.num_chunks for one in self.sequences)
+            self._schedule, reason = choose_schedule(plain_bytes, sum_bytes, longest)
             logger.info("schedule: %s", reason)
         run = Run(
             program, state, schedule=self._schedule, verify_bits=verify_bits, on_chunk=self._options.on_chunk
@@ -261,11 +266,15 @@ class _ChunkedLoss(torch.autograd.Function):
             one.run.forward(losses=True)
         context.call, context.consumed = call, False
         ctx.save_for_backward(*takers)  # so that a change before backward is noticed
+        context.versions = [(x, version(x)) for x in call.given]
         token_losses = [one.token_losses for one in call.sequences]
         return tuple(x for x in token_losses if x is not None) or (call.total_loss(),)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable  # a second derivative (create_graph=True, then differentiated) raises
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: FunctionCtx, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         context = cast(Any, ctx)
         call, started = cast(Call, context.call), cast("list[Started]", context.started)
         if context.consumed:
@@ -286,27 +295,30 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def _require_unchanged(context: Any) -> None:
     """torch itself notices that a saved tensor was written to, when it is asked for; say what that means here."""
+    cause = None
     try:
         _ = context.saved_tensors
     except RuntimeError as error:
+        cause = error
+    if cause or any(version(x) != before for x, before in context.versions):
         raise ConsumedError(
-            "a parameter, an input or a state was modified between the loss and its backward, so the chunks cannot be "
-            "rebuilt as they were. Expected backward before optimizer.step()"
-        ) from error
+            "a parameter, an input, a target or a state was modified between the loss and its backward, so the chunks "
+            "cannot be rebuilt as they were. Expected backward before optimizer.step(), and before buffers are reused"
+        ) from cause
 
 
-def _reciprocal(normalizer: Normalizer, num_targets: int) -> Tensor:
+def _reciprocal(normalizer: Normalizer, num_targets: int) -> float:
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise InputError(f"normalizer: expected one number, got a tensor of shape {list(normalizer.shape)}")
-        return normalizer.detach().reshape(()).cpu().double().reciprocal()
+        normalizer = float(normalizer.detach())
     if isinstance(normalizer, str):
         if normalizer != "targets":
             raise InputError(f"normalizer={normalizer!r}: expected 'targets', a number or a tensor")
-        return torch.tensor(1.0 / max(num_targets, 1), dtype=torch.float64)
+        return 1.0 / max(num_targets, 1)
     if not normalizer > 0:
         raise InputError(f"normalizer={normalizer}: expected a positive number")
-    return torch.tensor(1.0 / normalizer, dtype=torch.float64)
+    return 1.0 / normalizer
 
 
 def _batched(item: Any) -> Any:

@@ -7,7 +7,7 @@ losses added up and the inputs' gradients written down.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from slimgrad.errors import InputError, ModelError
 from slimgrad.losses import IGNORED
 from slimgrad.sweep import tree
+from slimgrad.sweep.accumulator import checksum
 from slimgrad.sweep.gather import Gather
+from slimgrad.sweep.interrupt import uninterrupted
 from slimgrad.sweep.random import derive_seed, seeded
 from slimgrad.sweep.run import ChunkResult
 
@@ -47,7 +49,7 @@ class SharedModel:
             for name, buffer in module._buffers.items()  # pyright: ignore[reportPrivateUsage]
             if buffer is not None
         ]
-        self._buffers_seen = False
+        self._tried: set[str] = set()
 
     def _alias_context(self, x: Tensor) -> Tensor:
         if not (self.gather is not None and x.requires_grad):
@@ -61,26 +63,31 @@ class SharedModel:
         """Everything that must be the same each time a chunk runs."""
         enabled, dtype = self._autocast
         # without the cache: a cast cached under no_grad would come back without a graph
-        autocast = torch.autocast(self.device.type, dtype=dtype, cache_enabled=False) if enabled else nullcontext()
+        autocast = torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
         aliases = nullcontext() if self.gather is None else self.gather.swapped_into(self.model)
-        with seeded(seed, self.device), autocast, aliases, self._guarded_buffers():
+        # signals wait until the model is its own again; whoever insists, sends a second
+        with uninterrupted(second_passes=True), seeded(seed, self.device), autocast, aliases, self._guarded_buffers():
             yield
 
     @contextmanager
-    def _guarded_buffers(self) -> Generator[None]:
-        """Refuse a model that writes to its buffers. The first time it runs on copies, so that nothing is written."""
+    def _guarded_buffers(self, *, on_copies: bool = False) -> Generator[None]:
+        """Refuse a model that writes to its buffers.
+
+        With `on_copies` nothing is written even so, and values are compared too: torch's batch normalisation writes its
+        running statistics without counting a version.
+        """
         owners = self._buffers
-        first, self._buffers_seen = not self._buffers_seen, True
-        stand_ins = [buffer.clone() if first else buffer for _, _, buffer in owners]
-        versions = [_version(stand_in) for stand_in in stand_ins]
-        for (module, name, _), stand_in in zip(owners, stand_ins, strict=True):
-            module._buffers[name] = stand_in  # pyright: ignore[reportPrivateUsage]
+        stand_ins = [buffer.clone() if on_copies else buffer for _, _, buffer in owners]
+        versions = [version(stand_in) for stand_in in stand_ins]
         changed: list[str] = []
         try:
+            for (module, name, _), stand_in in zip(owners, stand_ins, strict=True):
+                module._buffers[name] = stand_in  # pyright: ignore[reportPrivateUsage]
             yield
-            for (module, name, _), stand_in, version in zip(owners, stand_ins, versions, strict=True):
+            for (module, name, buffer), stand_in, before in zip(owners, stand_ins, versions, strict=True):
                 present = module._buffers.get(name)  # pyright: ignore[reportPrivateUsage]
-                if present is not stand_in or _version(stand_in) != version:
+                written = present is not stand_in or version(stand_in) != before
+                if written or (on_copies and int(checksum(stand_in)) != int(checksum(buffer))):
                     changed.append(f"{type(module).__name__}.{name}")
         finally:
             for module, name, buffer in owners:
@@ -92,9 +99,17 @@ class SharedModel:
                 "(batch normalisation), or carry what they update in the state"
             )
 
+    def _first(self, method: str) -> AbstractContextManager[None]:
+        """Each of the model's methods runs on copies of the buffers the first time."""
+        if method in self._tried:
+            return nullcontext()
+        self._tried.add(method)
+        return self._guarded_buffers(on_copies=True)
+
     def step(self, inputs: tree.Tree, state: tree.Tree) -> tuple[Any, tree.Tree]:
         """The model's forward."""
-        result = self.model(inputs, state) if self.context is None else self.model(inputs, state, self.context)
+        with self._first("forward"):
+            result = self.model(inputs, state) if self.context is None else self.model(inputs, state, self.context)
         if not (isinstance(result, tuple) and len(cast("tuple[Any, ...]", result)) == 2):
             raise ModelError(f"forward must return (outputs, next_state), got {type(result).__name__}")
         return cast("tuple[Any, tree.Tree]", result)
@@ -104,7 +119,8 @@ class SharedModel:
         advance = getattr(self.model, "advance", None)
         if advance is None:
             return self.step(inputs, state)[1]
-        return advance(inputs, state) if self.context is None else advance(inputs, state, self.context)
+        with self._first("advance"):
+            return advance(inputs, state) if self.context is None else advance(inputs, state, self.context)
 
 
 class ChunkedSequence:
@@ -145,7 +161,7 @@ class ChunkedSequence:
                 f"targets must have the inputs' batch and time ({self.batch}, {self.time}), "
                 f"got {batch_and_time(targets)}"
             )
-        self.loss_sum = torch.zeros((), dtype=_sum_dtype(shared.device), device=shared.device)
+        self.loss_sum = torch.zeros((), dtype=sum_dtype(shared.device), device=shared.device)
         self.loss_dtype = torch.float32
         self.metrics: dict[str, Tensor] = {}
         self.token_losses: Tensor | None = None
@@ -193,6 +209,8 @@ class ChunkedSequence:
         metrics: dict[str, Tensor] = {}
         if isinstance(loss, dict):
             metrics = {name: torch.as_tensor(value).detach() for name, value in loss.items() if name != "loss"}
+            if "loss" not in loss:
+                raise InputError(f"loss_fn returned a dict without 'loss'; got the keys {sorted(loss)}")
             loss = loss["loss"]
         self._check_loss(loss, chunk)
         return ChunkResult(loss, following, metrics, leaves)
@@ -251,8 +269,14 @@ def batch_and_time(inputs: tree.Tree) -> tuple[int, int]:
     shapes = {tuple(leaf.shape[:2]) if isinstance(leaf, Tensor) else () for leaf in tree.leaves(inputs)}
     shape = next(iter(shapes)) if len(shapes) == 1 else ()
     if len(shape) != 2:
-        described = [list(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf) for leaf in tree.leaves(inputs)]
-        raise InputError(f"expected tensors [batch, time, ...] with the same batch and time, got {described}")
+        described = ", ".join(
+            f"a tensor {list(leaf.shape)}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+            for leaf in tree.leaves(inputs)
+        )
+        raise InputError(
+            f"expected tensors [batch, time, ...] with the same batch and time, got {described or 'nothing'}. "
+            "For NumPy arrays use torch.from_numpy"
+        )
     batch, time = shape
     if batch < 1 or time < 1:
         raise InputError(f"expected at least one sequence and one token, got batch {batch} and time {time}")
@@ -266,9 +290,11 @@ def next_token_inputs(inputs: tree.Tree) -> Tensor:
     return inputs
 
 
-def _sum_dtype(device: torch.device) -> torch.dtype:
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What losses are added up in: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _version(x: Tensor) -> int:
-    return int(cast(Any, x)._version)
+def version(x: Tensor) -> int:
+    """How often torch saw `x` written to. Inference tensors do not count."""
+    return 0 if x.is_inference() else int(cast(Any, x)._version)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from slimgrad.cli.curve import sketch, smooth
-from slimgrad.cli.training import megabytes, printable
+from slimgrad.cli.training import choose_prompt, megabytes, printable
 
 
 def test_smooth_is_a_trailing_mean() -> None:
@@ -31,3 +31,10 @@ def test_bytes_as_a_terminal_can_show_them() -> None:
     assert printable(b"a\nb\x1b[31m\xff\xc3\xa9") == "a\nb\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}é"
     assert megabytes(None) == "not measured"
     assert megabytes(1_234_500_000) == "1,234 MB"
+
+
+def test_the_prompt_is_the_line_with_the_most_letters() -> None:
+    assert choose_prompt(b"1 | 2 |" * 20 + b"\nletters here\n  3") == b"letters here\n  3"
+    assert choose_prompt(b"12") == b"12"
+    assert choose_prompt(b"\n") == b"\n"
+    assert len(choose_prompt(b"a" * 500)) == 64

@@ -219,22 +219,21 @@ def check_carried(
 
 
 class RecordedDropout(nn.Dropout):
-    """Dropout that writes every mask down, or plays given ones back.
-
-    `drawn` holds (whether a graph was being recorded, the mask).
-    """
+    """Dropout that writes down every mask that a gradient went through, in that order, or plays given ones back."""
 
     def __init__(self, p: float) -> None:
         super().__init__(p)
-        self.drawn: list[tuple[bool, Tensor]] = []
+        self.drawn: list[Tensor] = []
         self.replayed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.replayed is not None:
             return x * self.replayed
         mask = torch.empty_like(x).bernoulli_(1 - self.p) / (1 - self.p)
-        self.drawn.append((torch.is_grad_enabled(), mask))
-        return x * mask
+        y = x * mask
+        if y.requires_grad:
+            y.register_hook(lambda _: self.drawn.append(mask))
+        return y
 
 
 def check_draws(model: nn.Module, inputs: Any, *, chunk: int, schedule: Any = None, way: str = "backward") -> None:
@@ -242,8 +241,7 @@ def check_draws(model: nn.Module, inputs: Any, *, chunk: int, schedule: Any = No
     recorded = model.dropout = RecordedDropout(0.3)
     model.train()
     got = chunked(way, model, inputs, None, chunk=chunk, schedule=schedule)
-    masks = [mask for with_graph, mask in recorded.drawn if with_graph]
-    recorded.replayed = torch.cat(masks[::-1], 1)  # the last chunk was drawn first
+    recorded.replayed = torch.cat(recorded.drawn[::-1], 1)  # the last chunk is reversed first
     expected = plain(model, inputs, None)
     if way != "backward":
         expected = expected[0], {name: g for name, g in expected[1].items() if not name.startswith("state")}

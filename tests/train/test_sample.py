@@ -35,8 +35,8 @@ def test_the_state_keeps_its_size() -> None:
 
 
 def test_a_trained_model_goes_on_as_its_text_does() -> None:
-    text = generate(train(tiny(steps=60), TEXT).model, b"the quick brown fox ", 40)
-    assert text == b"jumps over the lazy dog. the quick brown"
+    text = generate(train(tiny(steps=60), TEXT).model, b"the quick brown fox ", 24)
+    assert text == b"jumps over the lazy dog."
 
 
 def test_the_seed_decides_what_is_drawn() -> None:

@@ -38,8 +38,8 @@ def sketch(values: Sequence[float], *, width: int = 60, height: int = 8, unicode
             cells[y // down][column // across] |= _DOTS[y % down][column % across] if unicode else 1
         previous = row
     labels = [f"{high:5.2f}", *["     "] * (height - 2), f"{low:5.2f}"]
-    draw = [("".join(chr(_BRAILLE | c) if unicode else " *"[c] for c in line)).rstrip() for line in cells]
-    return [f"{label} {'┤' if unicode else '|'}{line}" for label, line in zip(labels, draw, strict=True)]
+    draw = ["".join((chr(_BRAILLE | dots) if unicode else "*") if dots else " " for dots in line) for line in cells]
+    return [f"{label} {'┤' if unicode else '|'}{line.rstrip()}" for label, line in zip(labels, draw, strict=True)]
 
 
 def save_picture(path: Path, rows: Sequence[Row], title: str) -> None:

@@ -33,7 +33,7 @@ from slimgrad.train import (
 
 SAMPLE_BYTES = 600
 PROMPT_BYTES = 64
-TEMPERATURE = 0.6
+TEMPERATURE = 0.7
 
 
 def run_training(
@@ -61,7 +61,7 @@ def run_training(
         _print_settings(console, {**settings, "results": str(folder.path)})
         trained = _train_with_progress(console, config, corpus, folder)
         _show_curve(console, trained, folder, corpus)
-        _show_sample(console, trained, folder, bytes(split.validation[:PROMPT_BYTES].tolist()), seed)
+        _show_sample(console, trained, folder, choose_prompt(bytes(split.validation.tolist())), seed)
         _show_memory(console, config, folder)
     console.print(f"\n{time.perf_counter() - began:.0f} s in all; everything is in [bold]{escape(str(folder.path))}[/]")
 
@@ -86,9 +86,13 @@ def _describe(config: TrainConfig, corpus: Corpus, preset: str) -> dict[str, str
         "chunk": f"{config.chunk:,} bytes: only one chunk's graph lives at a time, of {chunks} in a sequence",
         "schedule": reason,
         "optimiser": f"AdamW, learning rate {config.learning_rate:g} after {config.warmup:.0%} warm-up, then a cosine",
-        "software": f"slimgrad {slimgrad.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"seed {config.seed}",
+        "software": f"slimgrad {slimgrad.__version__}, torch {torch.__version__}, {_threads()}, seed {config.seed}",
     }
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def _growth(config: TrainConfig) -> str:
@@ -117,11 +121,8 @@ def _train_with_progress(console: Console, config: TrainConfig, corpus: Corpus, 
             recent[:] = [*recent[-19:], row]
             bits = sum(r.bits for r in recent) / len(recent)
             speed = sum(r.length for r in recent) / sum(r.length / r.bytes_per_second for r in recent)
-            progress.update(
-                task,
-                advance=1,
-                description=f"{bits:.2f} bits/byte  {speed:,.0f} bytes/s  {megabytes(row.resident_bytes)}",
-            )
+            words = f"{bits:.2f} bits/byte  {speed:,.0f} bytes/s  {megabytes(row.resident_bytes)}"
+            progress.update(task, completed=row.bytes_seen, description=words)
             if row.validation_bits is not None:
                 progress.console.print(
                     f"step {row.step:>6,}  training {bits:.3f}  validation [bold]{row.validation_bits:.3f}[/] bits/byte"
@@ -139,6 +140,13 @@ def _show_curve(console: Console, trained: Trained, folder: RunFolder, corpus: C
     console.print(f"  validation after the last step: [bold]{trained.validation_bits:.3f}[/] bits per byte")
 
 
+def choose_prompt(text: bytes) -> bytes:
+    """`PROMPT_BYTES` bytes from the start of a line (or of the text): those with the most letters, which are prose."""
+    starts = [0, *(i + 1 for i, byte in enumerate(text) if byte == ord("\n"))]
+    pieces = [text[start : start + PROMPT_BYTES] for start in starts if start < len(text)]
+    return max(pieces, key=lambda piece: sum(chr(byte).isalpha() for byte in piece if byte < 128))
+
+
 def _show_sample(console: Console, trained: Trained, folder: RunFolder, prompt: bytes, seed: int) -> None:
     text = generate(trained.model, prompt, SAMPLE_BYTES, temperature=TEMPERATURE, seed=seed)
     folder.write_bytes("sample.txt", prompt + text)
@@ -146,7 +154,7 @@ def _show_sample(console: Console, trained: Trained, folder: RunFolder, prompt: 
         f"\n[bold]Sample[/], going on from [cyan]a prompt[/] of the validation text, temperature {TEMPERATURE}"
     )
     shown = f"[cyan]{escape(printable(prompt))}[/]{escape(printable(text))}"
-    console.print(Padding(shown, (0, 0, 0, 2)))
+    console.print(Padding(shown, (0, 0, 0, 2), expand=False))
 
 
 def _show_memory(console: Console, config: TrainConfig, folder: RunFolder) -> None:

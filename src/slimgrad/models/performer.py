@@ -7,7 +7,7 @@ rolls back bit for bit.
 | | paper | modern |
 |---|---|---|
 | norm | layer norm on each sub-layer's output, or before it | RMS norm before each sub-layer and before the head |
-| positions | sinusoids beside the token embedding | rotary queries and keys, and the last few tokens' embeddings |
+| embedding | of the token | of the last few tokens, each from a table of its own |
 | attention | divided by its weights' sum | each head's output divided by its root mean square |
 | after the heads | nothing | a linear map |
 

@@ -97,8 +97,12 @@ class Accumulator:
             self._data = self._data + delta.to(self.dtype)
         self._value = None
 
-    def subtract(self, delta: Tensor) -> None:
-        """Undo the latest `add`, which must have had the same `delta` in every bit, and `log=True`."""
+    def subtract(self, delta: Tensor) -> bool:
+        """Undo the latest `add`, which must have had the same `delta` in every bit, and `log=True`.
+
+        Returns:
+            Whether there was anything to undo: False for a nonzero `delta` when only zeros were ever added.
+        """
         if not self.dtype.is_floating_point:
             self._data = self._data - delta.to(self.dtype)
         elif self._exponent is not None:
@@ -109,8 +113,11 @@ class Accumulator:
                 self._exponent -= _SHIFT_BITS
             if self._started_at == self._num_adds:
                 self._exponent = None
+        elif bool(delta.any()):
+            return False
         self._num_adds -= 1
         self._value = None
+        return True
 
     def snapshot(self) -> Snapshot:
         """The present sum, sharing its tensor: copy `data` before the sum moves on."""

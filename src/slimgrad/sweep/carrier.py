@@ -176,7 +176,8 @@ class SumCarrier(Carrier[tuple[Handle, Snapshot]]):
         try:
             if self.mode is Mode.ROLL_BACK:
                 after = accumulator.value()
-                accumulator.subtract(delta)
+                if not accumulator.subtract(delta):
+                    raise mismatch(self.name, self.chunk)
                 before = accumulator.value()
             else:
                 before = accumulator.value()
@@ -363,6 +364,9 @@ class GrowingCarrier(Carrier[int]):
     def take(self, returned: Any) -> None:
         if returned is not (self._bound if self._following is None else self._following):
             raise self.wrong(returned)
+        known = self.chunk + 1 < len(self._starts)
+        if known and self._length != self._starts[self.chunk + 1]:
+            raise mismatch(self.name, self.chunk)
 
     def roots(self) -> list[Root]:
         if self._rows is None or self._gradient is None or not self._rows.requires_grad:
@@ -410,7 +414,7 @@ class TensorCarrier(Carrier[_Kept]):
 
     def __init__(self, index: int, name: str, initial: Tensor) -> None:
         super().__init__(index, name)
-        self.value = _own(initial)
+        self.value = initial.detach().clone(memory_format=torch.contiguous_format)  # a model may write to it
         self._leaf: Tensor | None = None
         self._returned: Tensor | None = None
         self._adjoint: Tensor | None = None

@@ -11,8 +11,6 @@ layers and embeddings not even that, because their products are added straight i
 
 from __future__ import annotations
 
-import signal
-import threading
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+
+from slimgrad.sweep.interrupt import uninterrupted
 
 Accumulate = Callable[[str, Tensor], None]
 _Place = tuple[dict[str, Any], str, Tensor]  # a module's own parameters, the name, the parameter
@@ -185,7 +185,7 @@ class Gather:
             extra: further (tensor, gradient) pairs, delivered likewise: inputs, context.
             parameters: whether the parameters' own are delivered (not with `accumulate`).
         """
-        with _uninterrupted():
+        with uninterrupted(second_passes=False):
             for name, parameter in self._parameters.items() if parameters else ():
                 alias = self._aliases[id(parameter)]
                 gradient, alias.grad = alias.grad, None
@@ -193,8 +193,8 @@ class Gather:
                     gradient = self._wide.pop(name).to(parameter.dtype)
                 if gradient is not None:
                     torch.autograd.backward([parameter], [gradient])
-            for tensor, gradient in extra:
-                torch.autograd.backward([tensor], [gradient])
+            if extra:  # together: they may share a graph, which can be gone through only once
+                torch.autograd.backward([tensor for tensor, _ in extra], [gradient for _, gradient in extra])
 
     @contextmanager
     def swapped_into(self, module: nn.Module) -> Generator[None]:
@@ -247,25 +247,3 @@ def _refresh_flat_weights(rnn: nn.RNNBase) -> None:
     """torch's recurrent layers hold a second list of their parameters, which must follow the swap."""
     module = cast(Any, rnn)
     module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
-
-
-@contextmanager
-def _uninterrupted() -> Generator[None]:
-    """Hold signals that Python handles (SIGINT, SIGTERM) back until the block is done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python runs its signal handlers in the main thread only
-        return
-    held: list[tuple[int, Any]] = []
-    before: dict[int, Any] = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handler = signal.getsignal(number)
-            if callable(handler):
-                before[number] = handler
-                signal.signal(number, lambda number, frame: held.append((number, frame)))
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number, frame in held:
-            before[number](number, frame)

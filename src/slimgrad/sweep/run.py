@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from slimgrad.errors import ConsumedError, ModelError, SweepError
 from slimgrad.sweep import tree
@@ -164,6 +165,7 @@ class Run:
         self._checksums = [array("q") for _ in self._carriers] if verify_bits else []
         self._final_state: tree.Tree = None
         self._final_gradient: Sequence[Tensor | None] = ()
+        self._parameter_edges: list[GradientEdge] | None = None
         self._losses_done = False
         self._phase = "new"
 
@@ -308,13 +310,18 @@ class Run:
         if not roots:
             return
         sources = [source for carrier in self._carriers for source in carrier.sources()]
-        inputs = [*self._program.parameters, *result.leaves, *sources]
         if chunk == self._num_chunks - 1:
-            _refuse_foreign_leaves([root.tensor for root in roots], inputs)
+            parameters = self._program.parameters
+            _refuse_foreign_leaves([root.tensor for root in roots], [*parameters, *result.leaves, *sources])
         for carrier in self._carriers:
             carrier.in_backward = True
         # a root that is itself a source (a state returned untouched) takes its cotangent like any other
-        torch.autograd.backward([r.tensor for r in roots], [r.cotangent for r in roots], inputs=inputs)
+        # Edges, not tensors: aliases among the inputs would switch torch functions off for the whole backward pass, and
+        # activation checkpointing would run the chunk again without them.
+        if self._parameter_edges is None:
+            self._parameter_edges = [get_gradient_edge(x) for x in self._program.parameters]
+        edges = [*self._parameter_edges, *(get_gradient_edge(x) for x in (*result.leaves, *sources))]
+        torch.autograd.backward([r.tensor for r in roots], [r.cotangent for r in roots], inputs=edges)
 
     def _bind(self, mode: Mode, chunk: int) -> tree.Tree:
         return tree.unflatten([carrier.bind(mode, chunk) for carrier in self._carriers], self._spec)
@@ -389,6 +396,7 @@ class Run:
         self._phase = "closed"
         self._slots.clear()
         self._store.close()
+        self._parameter_edges = None
 
 
 def _constant(cotangent: Tensor) -> Callable[[int], Tensor | None]:

@@ -1,0 +1,71 @@
+"""The public face, name by name: a change here is a change for users."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import slimgrad as sg
+
+PUBLIC = {
+    "Binomial",
+    "CausalModel",
+    "Chunked",
+    "ConsumedError",
+    "Event",
+    "Every",
+    "Growing",
+    "InputError",
+    "Keep",
+    "ModelError",
+    "NonFiniteError",
+    "PrefixSum",
+    "Rebuild",
+    "Report",
+    "Result",
+    "Schedule",
+    "SlimgradError",
+    "StateMismatchError",
+    "SweepError",
+    "backward",
+    "evaluate",
+    "loss",
+    "token_loss",
+    "verify",
+}
+
+
+def test_exported_names_are_these() -> None:
+    assert set(sg.__all__) == PUBLIC
+    assert sg.__all__ == sorted(sg.__all__)
+    assert all(hasattr(sg, name) for name in PUBLIC)
+
+
+def test_every_exported_name_is_described() -> None:
+    for name in PUBLIC - {"Schedule"}:  # a union of types has no docstring of its own
+        assert getattr(sg, name).__doc__, name
+
+
+LIGHT = """
+import socket, sys
+
+def refuse(*args, **kwargs):
+    raise AssertionError("the network was touched")
+
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import torch
+before = set(sys.modules)
+import slimgrad
+loaded = set(sys.modules) - before
+assert not torch.cuda.is_initialized()
+heavy = {"matplotlib", "rich", "typer", "transformers", "datasets", "triton", "urllib.request", "http.client"}
+print(sorted(name for name in loaded if name in heavy or name.split(".")[0] in heavy))
+print(sorted(name for name in loaded if name.startswith("slimgrad.") and name.split(".")[1] in
+             ("cli", "train", "data", "models", "hf", "experiments")))
+"""
+
+
+def test_import_is_light() -> None:
+    found = subprocess.run([sys.executable, "-W", "error", "-c", LIGHT], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == "[]\n[]\n"

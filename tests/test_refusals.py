@@ -1,0 +1,467 @@
+"""What cannot be exact raises, before any work is lost, and says what to do instead."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slimgrad as sg
+from tests.toy_models import AllKinds, CachedAttention, GatedRecurrence, LinearAttention
+
+TOKENS = torch.arange(2 * 40).reshape(2, 40) * 7 % 13
+
+
+def require_untouched(model: nn.Module) -> None:
+    assert all(p.grad is None for p in model.parameters())
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+
+
+def require_refused(
+    model: nn.Module, error: type[Exception], message: str, *, tokens: Any = TOKENS, **options: Any
+) -> None:
+    """Both sweeps refuse, and `.grad` is as it was."""
+    options = {"chunk": 7} | options
+    with pytest.raises(error, match=message):
+        sg.backward(model, tokens, **options)
+    with pytest.raises(error, match=message):
+        sg.loss(model, tokens, **options).backward()
+    require_untouched(model)
+
+
+# --- what the caller passes ---
+
+
+@pytest.mark.parametrize("chunk", [0, -3, 2.5, True, "4096", None])
+def test_a_chunk_is_a_positive_number_of_tokens(chunk: Any) -> None:
+    require_refused(GatedRecurrence(), sg.InputError, r"chunk=.*: expected a whole number of tokens", chunk=chunk)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "targets", "message"),
+    [
+        (TOKENS[:, :0], None, "at least one sequence and one token, got batch 2 and time 0"),
+        (TOKENS[:0], None, "got batch 0 and time 40"),
+        (
+            torch.tensor(3),
+            None,
+            r"expected tensors \[batch, time, ...\] with the same batch and time, got a tensor \[\]\. ",
+        ),
+        (
+            {"a": TOKENS, "b": TOKENS[:, 1:]},
+            TOKENS,
+            r"same batch and time, got a tensor \[2, 40\], a tensor \[2, 39\]\.",
+        ),
+        ({"a": TOKENS, "b": 3}, TOKENS, r"got a tensor \[2, 40\], a int\. For NumPy arrays use torch.from_numpy"),
+        (torch.rand(2, 40), None, "targets=None means next-token prediction, which needs integer inputs"),
+        ({"a": TOKENS}, None, "targets=None means next-token prediction"),
+        (TOKENS, TOKENS[:, 1:], r"targets must have the inputs' batch and time \(2, 40\), got \(2, 39\)"),
+    ],
+)
+def test_inputs_and_targets_that_do_not_fit(tokens: Any, targets: Any, message: str) -> None:
+    require_refused(GatedRecurrence(), sg.InputError, message, tokens=tokens, targets=targets)
+
+
+def test_targets_that_do_not_fit_the_default_loss() -> None:
+    targets = torch.rand(2, 40, 13)
+    require_refused(
+        GatedRecurrence(), sg.InputError,
+        r"expects logits \[batch, time, classes\] and integer targets \[batch, time\]; got \[2, \d, 13\] and "
+        r"\[2, \d, 13\]. Pass loss_fn=", targets=targets,
+    )  # fmt: skip
+
+
+def test_a_loss_of_another_shape() -> None:
+    mean = r"loss_fn must return the sum over the chunk, shape \[\]; got \[2, \d\]"
+    require_refused(GatedRecurrence(), sg.InputError, mean, loss_fn=lambda outputs, targets: outputs[..., 0])
+    require_refused(
+        GatedRecurrence(), sg.InputError, r"the sum over the chunk, shape \[\]; got float",
+        loss_fn=lambda outputs, targets: 1.0,
+    )  # fmt: skip
+    with pytest.raises(sg.InputError, match=r"one loss per token, shape \[2, 7\]; got \[\]"):
+        sg.token_loss(GatedRecurrence(), TOKENS, chunk=7, loss_fn=lambda outputs, targets: outputs.sum())
+
+
+def test_a_loss_with_parameters_of_its_own() -> None:
+    projection = nn.Linear(13, 1)
+    require_refused(
+        GatedRecurrence(), sg.ModelError,
+        r"the loss depends on a tensor of shape \(1, 13\) that requires gradients and is neither a parameter of the "
+        r"model, nor an input, nor part of the state: its gradient would be lost. Make it a parameter of the model",
+        loss_fn=lambda outputs, targets: projection(outputs).sum(),
+    )  # fmt: skip
+    assert projection.weight.grad is None
+    sg.evaluate(GatedRecurrence(), TOKENS, chunk=7, loss_fn=lambda outputs, targets: projection(outputs).sum())
+
+
+def test_nothing_to_differentiate() -> None:
+    model = GatedRecurrence().requires_grad_(False)
+    with pytest.raises(sg.InputError, match=r"nothing requires a gradient.*use slimgrad.evaluate"):
+        sg.backward(model, TOKENS, chunk=7)
+
+
+# --- what the model is ---
+
+
+def test_a_model_follows_the_protocol() -> None:
+    with pytest.raises(sg.ModelError, match=r"expected a torch.nn.Module, got function"):
+        sg.backward(lambda x: x, TOKENS)
+    with pytest.raises(sg.ModelError, match=r"Linear has no initial_state\(batch_size\).*See slimgrad.CausalModel"):
+        sg.Chunked(nn.Linear(2, 2))
+    assert isinstance(GatedRecurrence(), sg.CausalModel)
+    assert not isinstance(nn.Linear(2, 2), sg.CausalModel)
+
+
+class Bent(nn.Module):
+    """A gated recurrence whose `forward` another function bends."""
+
+    def __init__(self, bend: Callable[[GatedRecurrence, Tensor, Any], Any], inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.inner = GatedRecurrence() if inner is None else inner
+        self.bend = bend
+
+    def initial_state(self, batch_size: int) -> Any:
+        return self.inner.initial_state(batch_size)
+
+    def forward(self, inputs: Tensor, state: Any) -> Any:
+        return self.bend(self.inner, inputs, state)
+
+
+def test_forward_returns_a_pair() -> None:
+    message = r"forward must return \(outputs, next_state\), got Tensor"
+    require_refused(Bent(lambda inner, x, s: inner(x, s)[0]), sg.ModelError, message)
+    require_refused(Bent(lambda inner, x, s: (*inner(x, s), 3)), sg.ModelError, r"\(outputs, next_state\), got tuple")
+
+
+def test_a_state_of_another_structure() -> None:
+    def drop(inner: nn.Module, x: Tensor, s: Any) -> Any:
+        outputs, state = inner(x, s)
+        return outputs, {"h": state["h"]}
+
+    message = (
+        r"(?s)returned a state of another structure; expected .*position.*, got .*same keys, in the same containers"
+    )
+    require_refused(Bent(drop), sg.ModelError, message)
+
+
+def test_a_state_leaf_of_another_kind() -> None:
+    def scalar(inner: nn.Module, x: Tensor, s: Any) -> Any:
+        outputs, state = inner(x, s)
+        return outputs, state | {"h": 3.0}
+
+    require_refused(Bent(scalar), sg.ModelError, r"state \['h'\]: expected a tensor, as the model was given")
+
+    def unwrapped(inner: nn.Module, x: Tensor, s: Any) -> Any:
+        outputs, state = inner(x, s)
+        return outputs, state | {"sums": state["sums"].value}
+
+    require_refused(
+        Bent(unwrapped, LinearAttention()), sg.ModelError,
+        r"state \['sums'\]: expected the object that advance/append returned, or the one the model was given",
+    )  # fmt: skip
+
+    def renewed(inner: nn.Module, x: Tensor, s: Any) -> Any:
+        outputs, state = inner(x, s)
+        return outputs, state | {"keys": sg.Growing(state["keys"].value)}
+
+    require_refused(Bent(renewed, CachedAttention()), sg.ModelError, r"state \['keys'\]: expected the object that")
+
+
+def test_a_sum_is_advanced_once() -> None:
+    def twice(inner: nn.Module, x: Tensor, s: Any) -> Any:
+        s["sums"].advance(torch.zeros(2, 4, 5))
+        return inner(x, s)
+
+    message = r"advance was called twice on one PrefixSum within a chunk \(second delta: \(2, 4, 5\)\)"
+    require_refused(Bent(twice, LinearAttention()), sg.ModelError, message)
+
+    def onward(inner: nn.Module, x: Tensor, s: Any) -> Any:
+        outputs, state = inner(x, s)
+        return outputs, state | {"sums": state["sums"].advance(torch.zeros(2, 4, 5))[1]}
+
+    require_refused(Bent(onward, LinearAttention()), sg.ModelError, "advance was called twice on one PrefixSum")
+
+    def rows(inner: nn.Module, x: Tensor, s: Any) -> Any:
+        s["keys"].append(torch.zeros(2, 1, 6))
+        return inner(x, s)
+
+    message = r"append was called twice on one Growing within a chunk \(second rows: \(2, 7, 6\)\)"
+    require_refused(Bent(rows, CachedAttention()), sg.ModelError, message)
+
+
+def test_a_sum_is_not_read_before_it_is_advanced() -> None:
+    def peek(name: str) -> Callable:
+        return lambda inner, x, s: (s[name].value, inner(x, s))[1]
+
+    require_refused(
+        Bent(peek("sums"), LinearAttention()), sg.ModelError, "the value of a PrefixSum was read before advance"
+    )
+    require_refused(
+        Bent(peek("keys"), CachedAttention()), sg.ModelError, "the value of a Growing was read before append"
+    )
+
+
+def test_rows_that_do_not_match() -> None:
+    def wrong(inner: nn.Module, x: Tensor, s: Any) -> Any:
+        s["keys"].append(torch.zeros(2, 3, 7))
+
+    message = r"expects rows \[batch, new, ...\] that match \[2, 0, 6\] except along axis 1, got \[2, 3, 7\]"
+    require_refused(Bent(wrong, CachedAttention()), sg.ModelError, message)
+    with pytest.raises(sg.ModelError, match=r"Growing expects \[batch, time, ...\], got shape \(3,\)"):
+        sg.Growing(torch.zeros(3))
+
+
+def test_a_state_of_a_sweep_that_is_over() -> None:
+    stolen = []
+
+    def steal(inner: nn.Module, x: Tensor, s: Any) -> Any:
+        stolen.append(s)
+        return inner(x, s)
+
+    sg.backward(Bent(steal, LinearAttention()), TOKENS, chunk=7)
+    with pytest.raises(sg.ModelError, match="advance was called on a state of a sweep that is over"):
+        stolen[0]["sums"].advance(torch.zeros(2, 4, 5))
+    stolen.clear()
+    sg.backward(Bent(steal, CachedAttention()), TOKENS, chunk=7)
+    with pytest.raises(sg.ModelError, match="append was called on a state of a sweep that is over"):
+        stolen[0]["keys"].append(torch.zeros(2, 1, 6))
+
+
+@pytest.mark.parametrize("chunk", [7, 100])
+def test_a_state_updated_in_place(chunk: int) -> None:
+    def in_place(inner: nn.Module, x: Tensor, s: Any) -> Any:
+        outputs, state = inner(x, s)
+        s["h"].copy_(state["h"].detach())
+        return outputs, s | {"position": state["position"]}
+
+    given = {"h": torch.rand(2, 6), "position": torch.zeros((), dtype=torch.int64)}
+    before = given["h"].clone()
+    model = Bent(in_place)
+    for way in (sg.backward, sg.loss):
+        # where the state takes a gradient, torch itself refuses
+        with pytest.raises((sg.ModelError, RuntimeError), match=r"modified in place in chunk 0|in-place operation"):
+            way(model, TOKENS, chunk=chunk, state=given)
+    assert torch.equal(given["h"], before)  # the caller's own tensor was never written to
+    require_untouched(model)
+
+
+class Batched(GatedRecurrence):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, inputs: Tensor, state: Any) -> Any:
+        self.norm(self.embed(inputs).flatten(0, 1))
+        return super().forward(inputs, state)
+
+
+def test_batch_norm_in_training_mode_is_refused_and_unchanged() -> None:
+    model = Batched().train()
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    identities = {name: id(b) for name, b in model.named_buffers()}
+    require_refused(
+        model, sg.ModelError,
+        r"the model wrote to its buffers while it ran: BatchNorm1d.running_mean, BatchNorm1d.running_var, "
+        r"BatchNorm1d.num_batches_tracked. .* Put such layers in eval mode",
+    )  # fmt: skip
+    with pytest.raises(sg.ModelError, match="wrote to its buffers"):
+        sg.evaluate(model, TOKENS, chunk=7)
+    assert {name: id(b) for name, b in model.named_buffers()} == identities
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    sg.backward(model.eval(), TOKENS, chunk=7)  # in eval mode buffers are constants, and fine
+    assert {name: id(b) for name, b in model.named_buffers()} == identities
+
+
+class Counting(GatedRecurrence):
+    """Puts a new tensor where its buffer was, or writes to it in the first call, or the third."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.calls = how, 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, inputs: Tensor, state: Any) -> Any:
+        self.calls += 1
+        if self.how == "replaced":
+            self.seen = self.seen + 1
+        elif self.calls == 3:
+            self.seen.add_(1)
+        return super().forward(inputs, state)
+
+
+@pytest.mark.parametrize("how", ["replaced", "late"])
+def test_a_buffer_replaced_or_written_late_is_refused(how: str) -> None:
+    model = Counting(how)
+    with pytest.raises(sg.ModelError, match=r"wrote to its buffers while it ran: Counting.seen"):
+        sg.backward(model, TOKENS, chunk=7)
+    require_untouched(model)
+    if how == "replaced":
+        assert float(model.seen) == 0.0
+
+
+def test_a_sweep_inside_a_sweep() -> None:
+    def nested(inner: nn.Module, x: Tensor, s: Any) -> Any:
+        sg.evaluate(LinearAttention(), TOKENS, chunk=7)
+        return inner(x, s)
+
+    message = "a sweep was started inside a chunk of another; expected one at a time"
+    require_refused(Bent(nested), sg.SweepError, message)
+    inner = GatedRecurrence()
+    require_refused(
+        GatedRecurrence(), sg.SweepError, message, loss_fn=lambda outputs, targets: sg.loss(inner, TOKENS, chunk=7)
+    )
+    sg.backward(inner, TOKENS, chunk=7)  # and the refusal leaves the door open
+
+
+def test_a_sweep_may_follow_another_before_its_backward() -> None:
+    first, second = GatedRecurrence(), LinearAttention()
+    losses = sg.loss(first, TOKENS, chunk=7), sg.loss(second, TOKENS, chunk=9)
+    sg.backward(second, TOKENS, chunk=5)
+    sum(losses).backward()
+    assert first.start.grad is not None
+
+
+# --- between the sweeps ---
+
+
+@pytest.mark.parametrize("loss", [sg.loss, sg.token_loss])
+def test_a_second_backward(loss: Callable) -> None:
+    model = GatedRecurrence()
+    value = loss(model, TOKENS, chunk=7).sum()
+    value.backward(retain_graph=True)
+    before = [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(sg.ConsumedError, match="backward was called a second time on one chunked loss"):
+        value.backward()
+    assert all(torch.equal(p.grad, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_parameter_changed_between_loss_and_backward() -> None:
+    model = GatedRecurrence()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sg.backward(model, TOKENS, chunk=7)
+    loss = sg.loss(model, TOKENS, chunk=7)
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(sg.ConsumedError, match=r"modified between the loss and its backward.*before optimizer.step"):
+        loss.backward()
+    require_untouched(model)
+
+
+@pytest.mark.parametrize("what", ["inputs", "context", "state"])
+def test_an_input_that_takes_gradients_changed_between_loss_and_backward(what: str) -> None:
+    class Driven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 5)
+
+        def initial_state(self, batch_size: int) -> Tensor:
+            return torch.zeros(batch_size, 3)
+
+        def forward(self, inputs: Tensor, state: Tensor, context: Tensor) -> Any:
+            h = state[:, None] + inputs.cumsum(1)
+            return self.head(h * context), h[:, -1]
+
+    given = {"inputs": torch.rand(2, 9, 3), "context": torch.rand(3), "state": torch.rand(2, 3)}
+    given = {name: x.requires_grad_(name == what) for name, x in given.items()}
+    loss = sg.loss(
+        Driven(), given["inputs"], torch.zeros(2, 9, dtype=torch.int64), context=given["context"], state=given["state"],
+        chunk=4,
+    )  # fmt: skip
+    with torch.no_grad():
+        given[what].mul_(2)
+    with pytest.raises(sg.ConsumedError, match="a parameter, an input, a target or a state was modified"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("what", ["tokens", "targets"])
+def test_tokens_or_targets_overwritten_between_loss_and_backward(what: str) -> None:
+    """A data loader that reuses its buffers: the chunks cannot be rebuilt as they were."""
+    model = GatedRecurrence()
+    given = {"tokens": TOKENS.clone(), "targets": TOKENS.roll(-1, 1)}
+    loss = sg.loss(model, given["tokens"], given["targets"], chunk=7)
+    given[what].add_(1).remainder_(13)
+    with pytest.raises(sg.ConsumedError, match="modified between the loss and its backward"):
+        loss.backward()
+    require_untouched(model)
+
+
+# --- in the numbers ---
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_number_in_a_sum_names_state_and_chunk(bad: float) -> None:
+    def spoil(inner: nn.Module, x: Tensor, s: Any) -> Any:
+        delta = torch.zeros(2, 4, 5)
+        if int(x[0, 0]) == 14 * 7 % 13:  # the third chunk of TOKENS
+            delta[1, 2, 3] = bad
+        _, sums = s["sums"].advance(delta)
+        _, position = s["position"].advance(torch.tensor(7))
+        return inner.head(inner.embed(x)), {"sums": sums, "position": position}
+
+    kind = "NaN" if bad != bad else "infinity"
+    require_refused(
+        Bent(spoil, LinearAttention()), sg.NonFiniteError,
+        rf"state \['sums'\], chunk 2: a contribution to the sum holds an? {kind}; expected finite values",
+    )  # fmt: skip
+    state = {"sums": sg.PrefixSum(torch.full((2, 4, 5), bad)), "position": sg.PrefixSum(torch.tensor(0))}
+    require_refused(LinearAttention(), sg.NonFiniteError, rf"initial state \['sums'\]: .* {kind}", state=state)
+
+
+def test_a_draw_that_is_not_torchs_names_state_and_chunk() -> None:
+    def noisy(inner: nn.Module, x: Tensor, s: Any) -> Any:
+        outputs, state = inner(x, s)
+        return outputs, state | {"h": state["h"] + random.random()}
+
+    require_refused(
+        Bent(noisy), sg.StateMismatchError,
+        r"state \['h'\], chunk \d: rebuilt with other bits than in the forward sweep.*random draw from another",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"), [(LinearAttention, "sums"), (CachedAttention, "keys"), (GatedRecurrence, "h")]
+)
+@pytest.mark.parametrize("schedule", [sg.Rebuild(), sg.Keep(), sg.Every(2), sg.Binomial(2)], ids=str)
+def test_a_weight_changed_behind_the_sweeps_back(model_type: type[nn.Module], name: str, schedule: sg.Schedule) -> None:
+    """Every kind of state notices, under every schedule."""
+    model = model_type()
+
+    def meddle(event: sg.Event) -> None:
+        if event.phase == "reverse" and event.chunk == 3:
+            with torch.no_grad():
+                model.embed.weight.mul_(1.001)
+
+    with pytest.raises(sg.StateMismatchError, match=rf"state \['{name}'\], chunk"):
+        sg.backward(model, TOKENS, chunk=7, schedule=schedule, on_chunk=meddle)
+    require_untouched(model)
+
+
+class WrongAdvance(LinearAttention):
+    def advance(self, inputs: Tensor, state: Any) -> Any:
+        return super().advance(inputs // 2, state)
+
+
+def test_an_advance_that_computes_otherwise_than_forward() -> None:
+    with pytest.raises(sg.StateMismatchError, match="`advance` computing otherwise than `forward`"):
+        sg.backward(WrongAdvance(), TOKENS, chunk=7)
+
+
+def test_every_error_has_the_root() -> None:
+    for error in (sg.InputError, sg.ModelError, sg.SweepError, sg.StateMismatchError, sg.NonFiniteError):
+        assert issubclass(error, sg.SlimgradError)
+    assert issubclass(sg.InputError, ValueError)
+    assert issubclass(sg.ModelError, TypeError)
+    assert issubclass(sg.ConsumedError, sg.SweepError)
+    assert issubclass(sg.SweepError, RuntimeError)
+
+
+def test_all_kinds_of_states_say_what_they_are() -> None:
+    state = AllKinds().initial_state(2)
+    assert repr(state["sums"][0]) == "PrefixSum(shape=(2, 6), dtype=torch.float32)"
+    assert repr(state["cache"][0]) == "Growing(length=0, row_shape=(12,), dtype=torch.float32)"
+    assert (state["sums"][0].device.type, state["cache"][0].device.type) == ("cpu", "cpu")
+    assert (state["sums"][0].shape, state["cache"][0].dtype) == ((2, 6), torch.float32)
