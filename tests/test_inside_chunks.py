@@ -96,7 +96,9 @@ def test_reentrant_checkpointing_is_refused() -> None:
             return self.head(x), {"sum": box[0], "cache": state["cache"]}
 
     model = Reentrant(sums=False, cache=False)
-    with pytest.raises(sg.ModelError, match="advance was called without gradients in the reverse sweep.*use_reentrant"):
+    with pytest.raises(
+        sg.ModelError, match=r"advance was called without gradients in the reverse sweep.*use_reentrant"
+    ):
         sg.backward(model, TOKENS, chunk=7)
     assert all(p.grad is None for p in model.parameters())
 

@@ -31,9 +31,9 @@ def tokens() -> Tensor:
     return torch.randint(0, 13, (1, LENGTH), generator=torch.Generator().manual_seed(7))
 
 
-# All gradients together, as measured. Against float64 states, with all else the same: 3e-8, 4e-3, 6e-8, 1e-5: the state's
-# own rounding, once per chunk. Against plain float64: 8e-4, 8e-3, 7e-4, 9e-3, to three digits that of the float64 state:
-# the narrow arithmetic of the model itself over a million tokens.
+# All gradients together, as measured. Against float64 states, with all else the same: 3e-8, 4e-3, 6e-8, 1e-5, which is
+# the state's own rounding, once per chunk. Against plain float64: 8e-4, 8e-3, 7e-4, 9e-3, which the float64 state does
+# not better: it is the narrow arithmetic of the model over a million tokens.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "doublings", "to_wide_state", "to_truth"),

@@ -20,7 +20,8 @@ def refuse_unsynchronised(model: nn.Module) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         return
     for wrapper in gc.get_objects():
-        if isinstance(wrapper, DistributedDataParallel) and any(inner is model for inner in wrapper.modules()):
+        # by type: isinstance would ask weak references that are dead, and lazy objects that then import something
+        if issubclass(type(wrapper), DistributedDataParallel) and any(inner is model for inner in wrapper.modules()):
             raise ModelError(
                 "this model lives inside a DistributedDataParallel; a gradient computed on it directly would not be "
                 "synchronised between processes. Wrap the other way round and call that: "

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from benchmarks.measure import LiveBytes, addmm_flops
 from torch.utils.flop_counter import FlopCounterMode
 
 import slimgrad as sg
-from benchmarks.measure import LiveBytes, addmm_flops
 from slimgrad.models import Performer, PerformerConfig
 from slimgrad.ops.feature_maps import FEATURE_MAPS
 from tests.contract import contract
 from tests.contract.cases import LENGTH, Built, tokens
 
-MODERN = {"norm": "rms", "positions": "rotary", "normalize": False, "output_projection": True, "taps": 3}
+MODERN = {"norm": "rms", "normalize": False, "output_projection": True, "taps": 3}
 
 
 def build(**options: object) -> Built:

@@ -18,7 +18,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "random features": {"feature_map": "favor", "features": 6},
     "taps": {"taps": 5},
     "modern": {
-        "norm": "rms", "positions": "rotary", "normalize": False, "output_projection": True, "taps": 4,
+        "norm": "rms", "normalize": False, "output_projection": True, "taps": 4,
         "feature_map": "elu1",
     },
 }  # fmt: skip
@@ -73,7 +73,7 @@ def test_a_later_token_never_moves_an_earlier_output(name: str) -> None:
 def test_each_tap_sees_its_own_distance() -> None:
     model = Performer(PerformerConfig(layers=1, width=8, heads=1, vocabulary=5, taps=3))
     tokens = torch.tensor([[4, 1, 2]])
-    x, _, following = model._begin(tokens, model.initial_state(1))
+    x, following = model._begin(tokens, model.initial_state(1))
     tables = [model.embed.weight, *(table.weight for table in model.earlier)]
     expected = [tables[0][4], tables[0][1] + tables[1][4], tables[0][2] + tables[1][1] + tables[2][4]]
     torch.testing.assert_close(x[0, :, :4], torch.stack(expected))
@@ -92,7 +92,7 @@ def test_published_presets_have_the_sizes_of_the_paper(name: str, length: int, l
     model = preset.model
     assert (preset.length, model.layers, model.width, model.heads) == (length, layers, width, width // 64)
     assert (model.feedforward_width, model.num_features, model.vocabulary) == (4 * width, 64, 256)
-    assert (model.feature_map, model.positions, model.normalize) == ("square", "sinusoids", True)
+    assert (model.feature_map, model.normalize) == ("square", True)
     assert (model.output_projection, model.taps) == (False, 1)
     assert model.norm == ("pre" if name == "copying" else "output")
     with torch.device("meta"):
@@ -125,7 +125,6 @@ def test_an_unknown_preset_lists_the_known_ones() -> None:
         ({"layers": 0}, "layers=0, expected at least 1"),
         ({"width": 10, "heads": 3}, "width=10 is not a multiple of heads=3"),
         ({"width": 6, "heads": 1}, "multiple of 4, got 6"),
-        ({"positions": "rotary"}, "rotary positions need"),
         ({"feature_map": "cube"}, "feature_map='cube', expected one of"),
         ({"form": "fast"}, "form='fast', expected 'auto' or one of"),
         ({"features": 5}, "only 'favor' can"),

@@ -11,9 +11,9 @@ rolls back bit for bit.
 | attention | divided by its weights' sum | each head's output divided by its root mean square |
 | after the heads | nothing | a linear map |
 
-Source: "Sub-Linear Memory: How to Make Performers SLiM" (NeurIPS 2021), section 2 and appendix; rotary positions in
-linear attention: Su et al., "RoFormer", 2021, section 3.3. Cost per token: 24 d^2 FLOPs and layer forward (paper), for
-d_ff = 4 d. State: `layers * width * (features + 1)` numbers.
+Source: "Sub-Linear Memory: How to Make Performers SLiM" (NeurIPS 2021), section 2 and appendix; what the modern
+one is made of was measured: docs/decisions/modern-preset.md. Cost per token and layer: 22 d^2 FLOPs forward
+as published (d_ff = 4 d), beside attention. State: `layers * width * (features + 1)` numbers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Hidden = Float[Tensor, "batch time width"]
 Logits = Float[Tensor, "batch time vocabulary"]
 State = dict[str, Any]
 
-_ROTARY_BASE = 10_000.0
+_BASE = 10_000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,8 @@ class PerformerConfig:
         feature_map: one of `ops.feature_maps.FEATURE_MAPS`.
         norm: "output" (layer norm on a sub-layer's output, as published), "pre" (layer norm before it, as published for
             copying), or "rms" (RMS norm before it and before the head).
-        positions: "sinusoids" (half of the embedding) or "rotary".
         normalize: divide by the sum of the weights, as published; else each head's output is divided by its root mean
-            square, which rotary positions need (their weights may be negative).
+            square.
         output_projection: a linear map after the heads.
         taps: how many of the latest tokens are embedded at each position, each from a table of its own, and added up;
             1: its own alone.
@@ -68,7 +67,6 @@ class PerformerConfig:
     features: int = 0
     feature_map: str = "square"
     norm: Literal["output", "pre", "rms"] = "output"
-    positions: Literal["sinusoids", "rotary"] = "sinusoids"
     normalize: bool = True
     output_projection: bool = False
     taps: int = 1
@@ -80,13 +78,8 @@ class PerformerConfig:
                 raise InputError(f"PerformerConfig: {name}={getattr(self, name)}, expected at least 1")
         if self.width % self.heads:
             raise InputError(f"PerformerConfig: width={self.width} is not a multiple of heads={self.heads}")
-        if self.positions == "sinusoids" and self.width % 4:
+        if self.width % 4:
             raise InputError(f"PerformerConfig: sinusoids need a width that is a multiple of 4, got {self.width}")
-        if self.positions == "rotary" and (self.num_features % 2 or self.normalize):
-            raise InputError(
-                "PerformerConfig: rotary positions need an even number of features and normalize=False; got "
-                f"{self.num_features} and normalize={self.normalize}"
-            )
         if self.feature_map not in FEATURE_MAPS:
             raise InputError(f"PerformerConfig: feature_map={self.feature_map!r}, expected one of {list(FEATURE_MAPS)}")
         if self.form != "auto" and self.form not in FORMS:
@@ -135,12 +128,12 @@ class PerformerLayer(nn.Module):
         self.expand = nn.Linear(config.width, config.feedforward_width)
         self.contract = nn.Linear(config.feedforward_width, config.width)
 
-    def forward(self, x: Hidden, sums: Any, where: Any, projection: Tensor | None) -> tuple[Hidden, Any]:
+    def forward(self, x: Hidden, sums: Any, projection: Tensor | None) -> tuple[Hidden, Any]:
         """One chunk through the layer: (outputs, sums after the chunk)."""
         entry = self._enter(x, self.attention_norm)
-        parts = self._parts(entry, where, projection)
+        parts = self._parts(entry, projection)
         before, following = _advance(sums, parts.total)
-        queries = self._features(self._heads(self.query(entry)), where, projection)
+        queries = self._features(self._heads(self.query(entry)), projection)
         mixed = self.form.attend(queries, parts, before)
         if not self.config.normalize:
             mixed = functional.rms_norm(mixed, mixed.shape[-1:])
@@ -149,21 +142,22 @@ class PerformerLayer(nn.Module):
         fed = self.contract(functional.gelu(self.expand(self._enter(x, self.feedforward_norm))))
         return x + self._leave(fed, self.feedforward_norm), following
 
-    def advance(self, x: Hidden, sums: Any, where: Any, projection: Tensor | None) -> Any:
+    def advance(self, x: Hidden, sums: Any, projection: Tensor | None) -> Any:
         """The sums after the chunk, and nothing else."""
-        return _advance(sums, self._parts(self._enter(x, self.attention_norm), where, projection).total)[1]
+        return _advance(sums, self._parts(self._enter(x, self.attention_norm), projection).total)[1]
 
-    def _parts(self, x: Hidden, where: Any, projection: Tensor | None) -> Any:
+    def _parts(self, x: Hidden, projection: Tensor | None) -> Any:
         keys, values = self.key_value(x).chunk(2, dim=-1)
-        features = self._features(self._heads(keys), where, projection)
+        features = self._features(self._heads(keys), projection)
         return self.form.block_sums(features, self._heads(values), normalize=self.config.normalize)
 
     def _heads(self, x: Hidden) -> Tensor:
         return x.unflatten(-1, (self.config.heads, self.config.head_width))
 
-    def _features(self, x: Tensor, where: Any, projection: Tensor | None) -> Tensor:
-        features = self.feature_map(x, projection)
-        return features if where is None else _rotate(features, *where)
+    def _features(self, x: Tensor, projection: Tensor | None) -> Tensor:
+        if self.feature_map.needs_projection:
+            x = x * self.config.head_width**-0.25  # on queries and keys alike: the usual 1 / sqrt(d) of their product
+        return self.feature_map(x, projection)
 
     def _enter(self, x: Hidden, norm: nn.Module) -> Hidden:
         return x if self.config.norm == "output" else norm(x)
@@ -181,8 +175,7 @@ class Performer(nn.Module):
     def __init__(self, config: PerformerConfig) -> None:
         super().__init__()
         self.config = config
-        sinusoids = config.positions == "sinusoids"
-        width = config.width // 2 if sinusoids else config.width
+        width = config.width // 2  # the other half holds the position
         self.embed = nn.Embedding(config.vocabulary, width)
         self.earlier = nn.ModuleList(nn.Embedding(config.vocabulary, width) for _ in range(config.taps - 1))
         self.layers = nn.ModuleList(PerformerLayer(config) for _ in range(config.layers))
@@ -214,30 +207,30 @@ class Performer(nn.Module):
 
     def forward(self, inputs: Tokens, state: State) -> tuple[Logits, State]:
         """One chunk."""
-        x, where, following = self._begin(inputs, state)
+        x, following = self._begin(inputs, state)
         projection = _constant(state.get("projection"))
         layers: list[Any] = []
         for layer, sums in zip(self.layers, state["layers"], strict=True):
-            x, after = layer(x, sums, where, projection)
+            x, after = layer(x, sums, projection)
             layers.append(after)
         following["layers"] = layers
         return self.head(self.final_norm(x)), following
 
     def advance(self, inputs: Tokens, state: State) -> State:
         """The state after a chunk: of the last layer, only what its sums need."""
-        x, where, following = self._begin(inputs, state)
+        x, following = self._begin(inputs, state)
         projection = _constant(state.get("projection"))
         layers: list[Any] = []
         *lower, last = zip(self.layers, state["layers"], strict=True)
         for layer, sums in lower:
-            x, after = layer(x, sums, where, projection)
+            x, after = layer(x, sums, projection)
             layers.append(after)
         layer, sums = last
-        following["layers"] = [*layers, cast(PerformerLayer, layer).advance(x, sums, where, projection)]
+        following["layers"] = [*layers, cast(PerformerLayer, layer).advance(x, sums, projection)]
         return following
 
-    def _begin(self, inputs: Tokens, state: State) -> tuple[Hidden, Any, State]:
-        """Embeddings, rotary angles, and the state that follows, except for the layers."""
+    def _begin(self, inputs: Tokens, state: State) -> tuple[Hidden, State]:
+        """Embeddings with positions, and the state that follows, except for the layers."""
         tokens, time = inputs.long(), inputs.shape[1]
         following = dict(state)
         start, following["position"] = state["position"].advance(torch.tensor(time, device=tokens.device))
@@ -248,12 +241,8 @@ class Performer(nn.Module):
             x = self._embed_with_earlier(joined, time)
         else:
             x = self.embed(tokens)
-        if self.config.positions == "sinusoids":
-            sine, cosine = _waves(positions, self.config.width // 4, x.dtype)
-            waves = torch.cat([sine, cosine], dim=-1).expand(x.shape[0], -1, -1)
-            return torch.cat([x, waves], dim=-1), None, following
-        sine, cosine = _waves(positions, self.config.num_features // 2, x.dtype)
-        return x, (sine[:, None], cosine[:, None]), following
+        sinusoids = _sinusoids(positions, self.config.width // 4, x.dtype)
+        return torch.cat([x, sinusoids.expand(x.shape[0], -1, -1)], dim=-1), following
 
     def _embed_with_earlier(self, joined: Tensor, time: int) -> Hidden:
         """Each token's embedding plus those of the tokens just before it, each distance with its own table."""
@@ -275,18 +264,12 @@ def _constant(projection: Tensor | None) -> Tensor | None:
     return None if projection is None else projection.detach()
 
 
-def _waves(positions: Int[Tensor, " time"], count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Sine and cosine `[time, count]` of positions at `count` frequencies, 1 down to 1/10000.
+def _sinusoids(positions: Int[Tensor, " time"], count: int, dtype: torch.dtype) -> Float[Tensor, "time waves"]:
+    """Sines, then cosines, `[time, 2 * count]`, of positions at `count` frequencies from 1 down to 1/10000.
 
     In float64, since float32 angles are off by 0.06 at position 1,000,000 (float32 on devices without float64).
     """
     wide = torch.float32 if positions.device.type == "mps" else torch.float64
-    frequencies = _ROTARY_BASE ** (-torch.arange(count, device=positions.device, dtype=wide) / count)
+    frequencies = _BASE ** (-torch.arange(count, device=positions.device, dtype=wide) / count)
     angles = positions[:, None].to(wide) * frequencies
-    return angles.sin().to(dtype), angles.cos().to(dtype)
-
-
-def _rotate(x: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
-    """Rotate pairs of features, the first half with the second, by the position's angles."""
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat([left * cosine - right * sine, left * sine + right * cosine], dim=-1)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).to(dtype)

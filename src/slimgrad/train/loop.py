@@ -23,6 +23,7 @@ from slimgrad.errors import NonFiniteError
 from slimgrad.models.performer import Performer
 from slimgrad.sweep import tree
 from slimgrad.sweep.schedule import Schedule
+from slimgrad.sweep.state import PrefixSum
 from slimgrad.train.config import TrainConfig
 from slimgrad.train.memory import resident_bytes
 
@@ -83,8 +84,10 @@ def build_model(config: TrainConfig) -> Performer:
 
 def plan_schedule(config: TrainConfig, model: Performer) -> tuple[Schedule, str]:
     """The schedule of every step, and the reason for it in words."""
-    plain_bytes = sum(leaf.nbytes for leaf in tree.tensors(model.initial_state(1)))
-    return choose_schedule(plain_bytes, math.ceil(config.length / config.chunk))
+    state = model.initial_state(1)
+    plain_bytes = sum(leaf.nbytes for leaf in tree.tensors(state))
+    sum_bytes = sum(8 * leaf.shape.numel() for leaf in tree.leaves(state) if isinstance(leaf, PrefixSum))
+    return choose_schedule(plain_bytes, sum_bytes, math.ceil(config.length / config.chunk))
 
 
 def train(config: TrainConfig, data: Tensor, report: Report | None = None) -> Trained:
