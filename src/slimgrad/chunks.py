@@ -151,7 +151,9 @@ class ChunkedSequence:
         collect_in: str = "forward",
     ) -> None:
         self.batch, self.time = batch_and_time(inputs)
-        self._shared, self._inputs, self._targets = shared, inputs, targets
+        self._shared, self._targets = shared, targets
+        self._inputs, self._spec = tree.flatten(inputs)
+        self._target_leaves, self._target_spec = tree.flatten(targets)
         self._chunk, self._seed, self._loss_fn = chunk, seed, loss_fn
         self._per_token, self._collect_in = per_token, collect_in
         if targets is None:
@@ -165,9 +167,7 @@ class ChunkedSequence:
         self.loss_dtype = torch.float32
         self.metrics: dict[str, Tensor] = {}
         self.token_losses: Tensor | None = None
-        self.input_grads: tree.Tree = tree.map_leaves(
-            lambda x: torch.zeros_like(x) if self._takes_grad(x) else None, inputs
-        )
+        self._input_grads = [torch.zeros_like(x) if self._takes_grad(x) else None for x in self._inputs]
 
     @property
     def num_chunks(self) -> int:
@@ -180,6 +180,11 @@ class ChunkedSequence:
         aliases = [] if self._shared.gather is None else self._shared.gather.aliases
         return [*aliases, *self._shared.context_leaves]
 
+    @property
+    def input_grads(self) -> tree.Tree:
+        """The inputs' gradients in their tree; None where none is wanted."""
+        return tree.unflatten(self._input_grads, self._spec)
+
     def span(self, chunk: int) -> tuple[int, int]:
         """The chunk's first token and the one after its last."""
         return chunk * self._chunk, min((chunk + 1) * self._chunk, self.time)
@@ -190,19 +195,18 @@ class ChunkedSequence:
 
     def advance(self, chunk: int, state: tree.Tree) -> tree.Tree:
         """The state after the chunk."""
-        return self._shared.advance(tree.map_tensors(lambda x: self._slice(x, chunk), self._inputs), state)
+        return self._shared.advance(tree.unflatten([self._slice(x, chunk) for x in self._inputs], self._spec), state)
 
     def run(self, chunk: int, state: tree.Tree) -> ChunkResult:
         """The chunk's loss and the state after it."""
-        pieces = [self._slice(x, chunk) for x in tree.leaves(self._inputs)]
+        pieces = [self._slice(x, chunk) for x in self._inputs]
         leaves: list[Tensor] = []
         if torch.is_grad_enabled():
-            for position, whole in enumerate(tree.leaves(self._inputs)):
+            for position, whole in enumerate(self._inputs):
                 if self._takes_grad(whole):
                     pieces[position] = pieces[position].detach().requires_grad_()
                     leaves.append(pieces[position])
-        inputs = tree.unflatten(pieces, tree.flatten(self._inputs)[1])
-        outputs, following = self._shared.step(inputs, state)
+        outputs, following = self._shared.step(tree.unflatten(pieces, self._spec), state)
         loss = self._loss_fn(outputs, self._target_slice(chunk))
         if self._shared.gather is not None:
             self._shared.gather.paused = False
@@ -219,7 +223,7 @@ class ChunkedSequence:
         """Add up the losses, once; write the inputs' gradients down."""
         start, stop = self.span(chunk)
         if phase == "reverse":
-            slots = [g for g in tree.leaves(self.input_grads) if g is not None]
+            slots = [g for g in self._input_grads if g is not None]
             for slot, leaf in zip(slots, result.leaves, strict=True):
                 if leaf.grad is not None:
                     slot[:, start:stop] = leaf.grad
@@ -248,7 +252,7 @@ class ChunkedSequence:
 
     def _target_slice(self, chunk: int) -> tree.Tree:
         if self._targets is not None:
-            return tree.map_tensors(lambda x: self._slice(x, chunk), self._targets)
+            return tree.unflatten([self._slice(x, chunk) for x in self._target_leaves], self._target_spec)
         start, stop = self.span(chunk)
         shifted = self._tokens[:, start + 1 : stop + 1].to(self._shared.device).long()
         if stop == self.time:  # the last token has no target

@@ -60,7 +60,7 @@ def test_evaluate_gives_the_plain_loss_and_state(build: Callable[[], Built]) -> 
     expected = contract.plain_loss(outputs, contract.explicit(inputs, targets))
     for chunk in (1, 8, LENGTH, LENGTH + 5):
         result = sg.evaluate(model, inputs, targets, chunk=chunk)
-        # measured: 4e-16 for the loss, 2e-15 for the state
+        # measured: 9e-16 for the loss; for the state 2e-12 in an element near zero, else under 1e-14
         torch.testing.assert_close(result.loss, expected, rtol=1e-13, atol=0)
         for got, leaf in zip(pytree.tree_leaves(result.final_state), pytree.tree_leaves(final), strict=True):
             if contract.is_floating(contract.raw(leaf)):

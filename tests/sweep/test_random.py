@@ -56,7 +56,7 @@ def test_neighbouring_seeds_do_not_draw_alike() -> None:
         with seeded(derive_seed(0, index), CPU):
             draws.append(torch.randn(200))
     correlation = torch.corrcoef(torch.stack(draws)).fill_diagonal_(0).abs().max()
-    assert correlation < 0.3  # of 1,225 pairs of 200 normal draws the largest was measured at 0.23
+    assert correlation < 0.3  # of 1,225 pairs of 200 normal draws the largest was measured at 0.22
 
 
 def test_a_seed_is_one_draw_of_the_users_generator() -> None:

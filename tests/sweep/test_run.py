@@ -66,7 +66,7 @@ def test_a_run_by_hand(schedule: sg.Schedule, num_chunks: int, to_end: bool) -> 
         lambda chunk: torch.tensor(chunk + 1.0, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
     )
     assert float(run.final_state) == pytest.approx(expected_final, rel=1e-15)
-    assert float(program.weight.grad) == pytest.approx(weight_grad, rel=1e-14)  # measured 2e-16
+    assert float(program.weight.grad) == pytest.approx(weight_grad, rel=1e-14)  # measured 0
     assert float(gradient) == pytest.approx(start_grad, rel=1e-14)
     assert program.collected == [(chunk, "reverse") for chunk in range(num_chunks - 1, -1, -1)]
 
@@ -157,7 +157,7 @@ def test_adjoint_norms_are_those_of_autograd(model_type: type[torch.nn.Module]) 
     for chunk, before in enumerate(befores):
         gradients = torch.autograd.grad(sum(losses[chunk:]), before, retain_graph=True, allow_unused=True)
         expected = sum(float(g.norm()) ** 2 for g in gradients if g is not None) ** 0.5
-        assert norms[chunk] == pytest.approx(expected, rel=1e-6)  # events hold float32 norms: measured 8e-8
+        assert norms[chunk] == pytest.approx(expected, rel=1e-6)  # events hold float32 norms: measured 9e-8
 
 
 @pytest.mark.parametrize("schedule", [sg.Rebuild(), sg.Binomial(2)], ids=str)

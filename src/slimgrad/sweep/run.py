@@ -327,12 +327,13 @@ class Run:
         return tree.unflatten([carrier.bind(mode, chunk) for carrier in self._carriers], self._spec)
 
     def _take(self, state: tree.Tree) -> None:
-        leaves, spec = tree.flatten(state)
-        if spec != self._spec:
+        try:
+            leaves = tree.flatten_like(state, self._spec)
+        except ValueError as error:
             raise ModelError(
-                f"the model returned a state of another structure; expected {self._spec}, got {spec}. "
+                f"the model returned a state of another structure; expected {self._spec}: {error}. "
                 "forward and advance must return the state with the same keys, in the same containers"
-            )
+            ) from None
         for carrier, leaf in zip(self._carriers, leaves, strict=True):
             carrier.take(leaf)
 
