@@ -137,8 +137,9 @@ def measure_child(case: Case) -> dict[str, float]:
     fork and exec, so a child starts with its parent's.
     """
     model, tokens, targets = case.build()
-    warm = Case(model=case.model, length=min(case.length, 64), method=case.method, chunk=case.chunk)
-    warm.gradient(*warm.build())  # what is loaded and created once is not the gradient's
+    # what is loaded and filled once (kernels, thread pools, Python's free lists) is not the gradient's
+    warm = Case(model=case.model, length=2048 if case.chunk else 64, method=case.method, chunk=min(case.chunk, 8))
+    warm.gradient(*warm.build())
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_bytes("VmRSS")
     start = time.perf_counter()

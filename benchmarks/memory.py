@@ -9,18 +9,20 @@ three processes) under glibc's default malloc and with every block of 64 KiB or 
 from __future__ import annotations
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from benchmarks.measure import SMALL, Case, count_live_bytes, median, run_child, save
+from benchmarks.measure import SCHEDULES, SMALL, Case, count_live_bytes, median, run_child, save
 
 CHUNK = 2048
 LENGTHS = [4096 << shift for shift in range(0, 9, 2)]  # 4,096 to 1,048,576
-LONGEST = {"plain": 1 << 16, "checkpoint": 1 << 16}
+LONGEST = {"plain": 1 << 16, "checkpoint": 1 << 16, "binomial": 1 << 18}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--longest", type=int, default=1 << 20)
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -28,12 +30,15 @@ def main() -> None:
         for length in LENGTHS:
             if length > min(LONGEST.get(method, 1 << 30), arguments.longest):
                 continue
-            case = Case(model=SMALL, length=length, method=method, chunk=0 if method in LONGEST else CHUNK)
+            case = Case(model=SMALL, length=length, method=method, chunk=CHUNK if method in SCHEDULES else 0)
             row: dict[str, Any] = {"method": method, "length": length, "chunk": case.chunk}
             row["live_bytes"] = count_live_bytes(case)
+            settings = [malloc for malloc in ("default", "mapped") for _ in range(arguments.processes)]
+            with ThreadPoolExecutor(arguments.workers) as pool:  # memory does not mind company, as time would
+                measured = list(pool.map(lambda malloc, case=case: run_child(case, malloc)["resident_bytes"], settings))
             for malloc in ("default", "mapped"):
-                measured = [run_child(case, malloc)["resident_bytes"] for _ in range(arguments.processes)]
-                row[f"resident_bytes_{malloc}"] = median(measured)
+                found = [value for value, setting in zip(measured, settings, strict=True) if setting == malloc]
+                row[f"resident_bytes_{malloc}"] = median(found)
             rows.append(row)
             print(row, flush=True)
             save("memory", rows, "python -m benchmarks.memory")

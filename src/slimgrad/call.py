@@ -311,6 +311,8 @@ def _reciprocal(normalizer: Normalizer, num_targets: int) -> float:
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise InputError(f"normalizer: expected one number, got a tensor of shape {list(normalizer.shape)}")
+        if normalizer.requires_grad:
+            raise InputError("normalizer: expected a constant, got a tensor that requires a gradient; detach it")
         normalizer = float(normalizer.detach())
     if isinstance(normalizer, str):
         if normalizer != "targets":

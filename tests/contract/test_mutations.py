@@ -18,7 +18,7 @@ from slimgrad.call import Call, Started
 from slimgrad.losses import token_cross_entropy
 from slimgrad.sweep import accumulator
 from slimgrad.sweep.accumulator import Accumulator
-from slimgrad.sweep.carrier import GrowingCarrier, SumCarrier, TensorCarrier
+from slimgrad.sweep.carriers import GrowingCarrier, SumCarrier, TensorCarrier
 from slimgrad.sweep.gather import Gather
 from tests.contract import contract
 from tests.contract.cases import CASES, tokens

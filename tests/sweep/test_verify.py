@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import slimgrad as sg
-from slimgrad.sweep.carrier import SumCarrier
+from slimgrad.sweep.carriers import SumCarrier
 from tests.contract.cases import signals
 from tests.toy_models import AllKinds, CachedAttention, GatedRecurrence, LinearAttention
 

@@ -8,7 +8,7 @@ A `Program` is what a sweep runs: a chunk by its number. It knows the model, the
 none of them. Between the two calls a run holds the states its schedule keeps, and nothing of any chunk.
 
 Algorithm 1 of "Sub-Linear Memory: How to Make Performers SLiM" (NeurIPS 2021), with the schedule and the kinds of state
-made parameters. Cost over plain backpropagation: `schedule.num_advances` chunks without a graph. Memory: one chunk's
+made parameters. Cost over plain backpropagation: `schedule.num_advances` chunks forward. Memory: one chunk's
 graph, the kept states, one adjoint, the gathered gradients, and 8 bytes per chunk and state for the checksums.
 """
 
@@ -27,7 +27,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from slimgrad.errors import ConsumedError, ModelError, SweepError
 from slimgrad.sweep import tree
-from slimgrad.sweep.carrier import Carrier, Mode, Root, carrier_for, mismatch
+from slimgrad.sweep.carriers import Carrier, Mode, Root, carrier_for, mismatch
 from slimgrad.sweep.schedule import Action, Kind, Schedule
 from slimgrad.sweep.state import Growing, PrefixSum
 from slimgrad.sweep.store import Store
@@ -155,6 +155,7 @@ class Run:
         self._plan = schedule.plan(self._num_chunks)
         self._first_reverse: Action | None = None
         leaves, self._spec = tree.flatten(initial_state)
+        self._skeleton = tree.skeleton(self._spec)
         self._carriers: list[Carrier[Any]] = [
             carrier_for(leaf, index, name, rolls_back=self._rolls_back, expected_growth=self._num_chunks)
             for index, (leaf, name) in enumerate(zip(leaves, tree.paths(initial_state), strict=True))
@@ -166,7 +167,6 @@ class Run:
         self._final_state: tree.Tree = None
         self._final_gradient: Sequence[Tensor | None] = ()
         self._parameter_edges: list[GradientEdge] | None = None
-        self._losses_done = False
         self._phase = "new"
 
     @property
@@ -328,10 +328,10 @@ class Run:
 
     def _take(self, state: tree.Tree) -> None:
         try:
-            leaves = tree.flatten_like(state, self._spec)
+            leaves = tree.flatten_like(state, self._skeleton)
         except ValueError as error:
             raise ModelError(
-                f"the model returned a state of another structure; expected {self._spec}: {error}. "
+                f"the model returned a state of another structure than it was given: {error}. "
                 "forward and advance must return the state with the same keys, in the same containers"
             ) from None
         for carrier, leaf in zip(self._carriers, leaves, strict=True):

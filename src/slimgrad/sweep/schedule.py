@@ -31,7 +31,7 @@ class Kind(IntEnum):
 
     STORE = 0  # keep the live state, which stands before `chunk`, in `slot`
     LOAD = 1  # make the state in `slot`, which stands before `chunk`, the live one
-    ADVANCE = 2  # take the live state through `chunk`, without a graph
+    ADVANCE = 2  # take the live state through `chunk`, for the next state alone
     REVERSE = 3  # rebuild `chunk` with a graph, and backpropagate through it
     FREE = 4  # forget `slot`
 
@@ -73,7 +73,7 @@ class _Schedule:
         raise NotImplementedError
 
     def num_advances(self, num_chunks: int) -> int:
-        """How many chunks are advanced without a graph, the first sweep's N - 1 included."""
+        """How many chunks are advanced for their states alone, the first sweep's N - 1 included."""
         raise NotImplementedError
 
 
