@@ -142,7 +142,7 @@ def test_a_state_of_another_structure() -> None:
         outputs, state = inner(x, s)
         return outputs, {"h": state["h"]}
 
-    message = r"another structure than it was given: expected the keys \['h', 'position'\], got \['h'\]\..*in the same containers"
+    message = r"than it was given: expected the keys \['h', 'position'\], got \['h'\]\..*in the same containers"
     require_refused(Bent(drop), sg.ModelError, message)
 
 
