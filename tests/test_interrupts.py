@@ -19,6 +19,14 @@ from tests.toy_models import AllKinds
 TOKENS = torch.arange(2 * 20).reshape(2, 20) * 7 % 13
 
 
+@pytest.fixture(autouse=True)
+def _python_hears_the_keyboard() -> Iterator[None]:
+    """A process started in the background ignores SIGINT, and Python then installs no handler of its own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Everything(AllKinds):
     """All kinds of state, a recurrent layer with its second list of weights, a buffer, dropout; some of it frozen."""
 

@@ -64,7 +64,7 @@ PRESETS: dict[str, Preset] = {
         first_length=256,
         learning_rate=7e-3,
         chunk=512,
-        steps=2100,
+        steps=1600,
     ),
 }
 
