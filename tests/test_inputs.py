@@ -364,7 +364,7 @@ def test_autocast(way: str, model_type: type[nn.Module]) -> None:
     if way == "loss":
         loss.backward()
     assert loss.dtype == torch.float32
-    # measured, chunked over plain: 0.82 to 0.99 (plain is off by 2e-3 to 2e-2); at most twice, as STYLE.md has it
+    # measured, chunked over plain: 0.82 to 0.99 (plain is off by 2e-3 to 2e-2); at most twice, then
     assert 1e-5 < distance(collect(model, None, None), truth) <= 2 * baseline
 
 

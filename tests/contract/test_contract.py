@@ -123,5 +123,5 @@ def test_as_good_as_plain_in_narrow_types(
         got = contract.chunked("backward", model, inputs, targets, chunk=chunk, schedule=schedule)[1]
         # Both errors are rounding noise of the same size, so either may be the larger: chunked over plain was measured
         # between 0.58 and 1.61 in float32 (where plain is off by 1e-7 to 5e-7) and between 0.99 and 1.18 in bfloat16
-        # (2e-3 to 2e-2). At most twice, as STYLE.md has it.
+        # (2e-3 to 2e-2). At most twice, then.
         assert contract.global_error(got, truth) <= 2 * plain
