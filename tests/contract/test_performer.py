@@ -1,4 +1,4 @@
-"""The contract on the Performer: every feature map, every norm, chunks that divide and that do not; its cost, counted."""
+"""The contract on the Performer: every feature map and norm, chunks that divide and that do not; its cost, counted."""
 
 from __future__ import annotations
 
