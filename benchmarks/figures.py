@@ -75,8 +75,9 @@ def origin(results: dict[str, Any]) -> str:
     machine = results["machine"]
     return (
         f"`{results['command']}`, {machine['cpu']}, {machine['threads']} "
-        f"thread{'s' if machine['threads'] > 1 else ''}, torch {machine['torch']}, Python {machine['python']}."
-    )
+        f"thread{'s' if machine['threads'] > 1 else ''}, torch {machine['torch']}, Python {machine['python']}. "
+        + results.get("note", "")
+    ).rstrip()
 
 
 def blocks() -> dict[str, str]:

@@ -184,8 +184,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(name: str, rows: list[dict[str, Any]], command: str) -> Path:
-    """Write rows with their origin to `results/<name>.json`."""
+def save(name: str, rows: list[dict[str, Any]]) -> Path:
+    """Write rows with their origin, the command as it was given, to `results/<name>.json`."""
+    command = " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]])
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"command": command, "machine": machine(), "rows": rows}, indent=1) + "\n")

@@ -41,7 +41,7 @@ def main() -> None:
                 row[f"resident_bytes_{malloc}"] = median(found)
             rows.append(row)
             print(row, flush=True)
-            save("memory", rows, "python -m benchmarks.memory")
+            save("memory", rows)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def main() -> None:
                     }
                 )
                 print(rows[-1], flush=True)
-    save("speed", rows, "python -m benchmarks.speed")
+    save("speed", rows)
 
 
 if __name__ == "__main__":
