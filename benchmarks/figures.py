@@ -1,6 +1,6 @@
-"""From committed results to what the README shows: the picture, and the tables between its markers.
+"""From committed results to what the README shows: the pictures, and the tables between its markers.
 
-python -m benchmarks.figures           # rewrites docs/images/memory.png and the README's tables
+python -m benchmarks.figures           # rewrites docs/images/*.png and the README's tables
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.measure import RESULTS
 
 ROOT = Path(__file__).parent.parent
-PICTURE = ROOT / "docs" / "images" / "memory.png"
+IMAGES = ROOT / "docs" / "images"
 LABELS = {
     "plain": ("plain backpropagation", "#9a9a9a", "o"),
     "checkpoint": ("per-layer checkpointing", "#d98032", "s"),
@@ -70,6 +70,82 @@ def speed_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def training_table(results: dict[str, Any]) -> str:
+    """Bits per byte of each run, and how far its curve is from plain backpropagation's."""
+    lines = [
+        "| corpus | model | gradient | bytes seen | minutes | validation, bits per byte | training curve off plain's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    shown = [row for row in results["rows"] if "how" not in row]
+    for row in shown:
+        rate = f", learning rate {row['learning_rate']:g}" if row["model"] == "paper" else ""
+        seed = ", another seed" if row["seed"] else ""
+        apart = distance(row["from_plain"]["mean"]) if "from_plain" in row else ""
+        lines.append(
+            f"| {row['corpus']} | {row['model']}{rate} | {row['method']}{seed} | {row['bytes']:,} | "
+            f"{row['minutes']:.1f} | {row['validation_bits']:.3f} | {apart} |"
+        )
+    lines += ["", "| from, then | how | training curve, off the uninterrupted one | validation |", "|---|---|---|---|"]
+    for row in results["rows"]:
+        if "how" in row:
+            apart = row["from_uninterrupted"]
+            lines.append(
+                f"| {row['method']} | `{row['how']}` | {distance(apart['mean'])} "
+                f"(largest {distance(apart['largest'])}) | {distance(apart['validation'])} |"
+            )
+    return "\n".join(lines)
+
+
+def distance(bits: float) -> str:
+    """As a number that shows whether it is nothing, rounding, or something."""
+    return f"{bits:.2f}" if bits >= 0.005 else f"{bits:.0e}" if bits else "0"
+
+
+def streaming_table(results: dict[str, Any]) -> str:
+    """Evaluation of a file as one sequence, and the cost of a token early and late."""
+    lines = ["| what | time | memory of the process | |", "|---|---|---|---|"]
+    for row in results["rows"]:
+        if row["what"] == "eval":
+            speed = f"{row['seconds']:,} s, {row['bytes'] / row['seconds']:,.0f} bytes/s"
+            what = f"`slimgrad eval --chunk {row['chunk']}`, {row['bytes']:,} bytes as one sequence"
+            what += f" ({row['model']})"
+            bits = f"{row['bits_per_byte']:.3f} bits per byte"
+            lines.append(f"| {what} | {speed} | at most {row['peak_resident_mb']} MB | {bits} |")
+        else:
+            speed, memory = f"{1e3 * row['median_seconds']:.2f} ms", f"{row['resident_bytes'] / 1e6:.0f} MB"
+            lines.append(
+                f"| generation, from token {row['token']:,} on ({row['model']}) | {speed} a token | {memory} | |"
+            )
+    return "\n".join(lines)
+
+
+def small_device_table(results: dict[str, Any]) -> str:
+    """Limits on a process' data under which fine-tuning dies and finishes."""
+    lines = [
+        "| sequence | gradient | dies at | finishes at | the same model as without a limit |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        chunk = f", chunks of {row['chunk']}" if row["method"] == "chunked" else ""
+        lines.append(
+            f"| {row['length']:,} bytes | {row['method']}{chunk} | {row['dies_at_mb']:,} MB | "
+            f"{row['finishes_at_mb']:,} MB | {'yes, in every bit' if row['same_model_as_without_limit'] else 'no'} |"
+        )
+    bases = sorted({row["base_mb"] for row in results["rows"]})
+    between = f"{bases[0]}" if len(bases) == 1 else f"{bases[0]} to {bases[-1]}"
+    lines += ["", f"Of each limit, Python and torch take {between} MB before any work."]
+    return "\n".join(lines)
+
+
+TABLES = {
+    "memory": memory_table,
+    "speed": speed_table,
+    "training": training_table,
+    "streaming": streaming_table,
+    "small_device": small_device_table,
+}
+
+
 def origin(results: dict[str, Any]) -> str:
     """What the figures were measured on, in a line."""
     machine = results["machine"]
@@ -83,7 +159,7 @@ def origin(results: dict[str, Any]) -> str:
 def blocks() -> dict[str, str]:
     """What stands between each pair of markers in the README."""
     found: dict[str, str] = {}
-    for name, table in {"memory": memory_table, "speed": speed_table}.items():
+    for name, table in TABLES.items():
         results = load(name)
         found[name] = f"{table(results)}\n\nMeasured by {origin(results)}"
     return found
@@ -99,12 +175,45 @@ def fill(text: str) -> str:
     return text
 
 
+def draw_training(plt: Any) -> None:
+    """Validation over the bytes seen: the three ways to the gradient lie on one another."""
+    rows = [row for row in load("training")["rows"] if "how" not in row]
+    corpora = list(dict.fromkeys(row["corpus"] for row in rows))
+    figure, panels = plt.subplots(1, len(corpora), figsize=(9, 3.6), dpi=150, sharey=True)
+    for corpus, axes in zip(corpora, panels, strict=True):
+        for row in (r for r in rows if r["corpus"] == corpus):
+            points = list(zip(*((seen / 1e6, bits) for seen, bits in row["validations"]), strict=True))
+            label, style = RUNS[row["model"], "seed" if row["seed"] else row["method"]]
+            rate = f" {row['learning_rate']:g}" if row["model"] == "paper" else ""
+            axes.plot(*points, label=label + rate, **style)
+        axes.set_title(corpus, loc="left", fontsize=11)
+        axes.set_xlabel("training bytes seen (millions)")
+        axes.grid(alpha=0.3, linewidth=0.5)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    panels[0].set_ylabel("validation, bits per byte")
+    panels[-1].legend(frameon=False, fontsize=7.5)
+    figure.tight_layout()
+    figure.savefig(IMAGES / "training.png", facecolor="white")
+
+
+RUNS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
+    ("modern", "plain"): ("plain backpropagation", {"color": "#bdbdbd", "linewidth": 6}),
+    ("modern", "checkpoint"): ("per-layer checkpointing", {"color": "#d98032", "linewidth": 3}),
+    ("modern", "chunked"): ("slimgrad, chunks of 512", {"color": "#1f6fb4", "linewidth": 1.2}),
+    ("modern", "seed"): ("slimgrad, another seed", {"color": "#1f6fb4", "linewidth": 1, "linestyle": ":"}),
+    ("paper", "chunked"): ("the paper's layers, rate", {"color": "#63a36c", "linewidth": 1.2, "linestyle": "--"}),
+}
+
+
 def draw() -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    draw_training(plt)
     rows = load("memory")["rows"]
     figure, axes = plt.subplots(figsize=(7.2, 3.8), dpi=150)
     for method, (label, colour, marker) in LABELS.items():
@@ -122,8 +231,7 @@ def draw() -> None:
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
     figure.tight_layout()
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, facecolor="white")
+    figure.savefig(IMAGES / "memory.png", facecolor="white")
 
 
 def main() -> None:

@@ -5,10 +5,13 @@ Exception
 └── SlimgradError
     ├── InputError(ValueError)       what the caller passed does not fit: shape, dtype, option, file
     ├── ModelError(TypeError)        the model does not follow the protocol of a causal step
-    └── SweepError(RuntimeError)     the sweep cannot go on and stay exact
-        ├── StateMismatchError       a rebuilt state differs in bits from the one the forward sweep saw
-        ├── NonFiniteError           a NaN or an infinity reached a state
-        └── ConsumedError            a run that was already reversed, or whose parameters changed since
+    ├── SweepError(RuntimeError)     the sweep cannot go on and stay exact
+    │   ├── StateMismatchError       a rebuilt state differs in bits from the one the forward sweep saw
+    │   ├── NonFiniteError           a NaN or an infinity reached a state
+    │   └── ConsumedError            a run that was already reversed, or whose parameters changed since
+    └── RunError(RuntimeError)       a training run cannot go on; its snapshots are as they were
+        ├── StorageError             a file cannot be written: no space, a quota, a lost disk
+        └── MemoryLimitError         the memory that was stated is not enough
 ```
 
 Each message says what was expected, what came, and what to do about it.
@@ -41,3 +44,15 @@ class NonFiniteError(SweepError):
 
 class ConsumedError(SweepError):
     """The run was already reversed, or what it needs has changed since its forward sweep."""
+
+
+class RunError(SlimgradError, RuntimeError):
+    """A training run cannot go on; its snapshots are as they were."""
+
+
+class StorageError(RunError):
+    """A file cannot be written."""
+
+
+class MemoryLimitError(RunError):
+    """The memory that was stated is not enough."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from slimgrad.cli.curve import sketch, smooth
-from slimgrad.cli.training import choose_prompt, megabytes, printable
+from slimgrad.cli.session import choose_prompt
+from slimgrad.cli.words import megabytes, printable
 
 
 def test_smooth_is_a_trailing_mean() -> None:
@@ -27,8 +28,8 @@ def test_sketch_fits_its_size(values: list[float], unicode: bool) -> None:
     assert unicode or all(line.isascii() for line in lines)
 
 
-def test_bytes_as_a_terminal_can_show_them() -> None:
-    assert printable(b"a\nb\x1b[31m\xff\xc3\xa9") == "a\nb\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}é"
+def test_text_as_a_terminal_can_show_it() -> None:
+    assert printable("a\r\nb\x1b[31m\té") == "a\nb\N{REPLACEMENT CHARACTER}[31m\té"
     assert megabytes(None) == "not measured"
     assert megabytes(1_234_500_000) == "1,234 MB"
 

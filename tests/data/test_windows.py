@@ -1,4 +1,4 @@
-"""Splits and windows: nothing twice, nothing lost but what is said to be."""
+"""Windows: none twice in a pass, nothing left out but what is said to be."""
 
 from __future__ import annotations
 
@@ -8,36 +8,23 @@ import pytest
 import torch
 
 from slimgrad import InputError
-from slimgrad.data import consecutive_windows, shuffled_starts, split_bytes
+from slimgrad.data import Documents, consecutive_windows, shuffled_starts
 
 DATA = torch.arange(103, dtype=torch.uint8)
+TEXT = Documents([DATA[:40], DATA[40:41], DATA[41:]])
 
 
-def test_split_shares_no_byte_and_loses_none() -> None:
-    train, validation = split_bytes(DATA, validation=10, window=93)
-    assert torch.equal(torch.cat([train, validation]), DATA)
-    assert len(validation) == 10
-    assert train.data_ptr() == DATA.data_ptr()
-
-
-def test_split_of_too_little_says_how_much_is_needed() -> None:
-    with pytest.raises(InputError, match=r"at least 104 bytes \(one window of 94 and 10 for validation\), got 103"):
-        split_bytes(DATA, validation=10, window=94)
-    with pytest.raises(InputError, match="validation=1: expected at least 2 bytes"):
-        split_bytes(DATA, validation=1, window=4)
-
-
-def test_consecutive_windows_follow_each_other() -> None:
-    windows = list(consecutive_windows(DATA, 25))
+def test_consecutive_windows_follow_each_other_across_documents() -> None:
+    windows = list(consecutive_windows(TEXT, 25))
     assert [len(window) for window in windows] == [25] * 4
     assert torch.equal(torch.cat(windows), DATA[:100])
-    assert [len(window) for window in consecutive_windows(DATA, 103)] == [103]
+    assert [len(window) for window in consecutive_windows(TEXT, 103)] == [103]
 
 
 @pytest.mark.parametrize("length", [0, 104])
 def test_windows_longer_than_the_data_or_empty_are_refused(length: int) -> None:
     with pytest.raises(InputError, match=f"length={length}: expected between 1 and the 103 bytes"):
-        consecutive_windows(DATA, length)
+        consecutive_windows(TEXT, length)
     with pytest.raises(InputError, match=f"length={length}: expected between 1 and the 103 bytes"):
         next(shuffled_starts(103, length, torch.Generator()))
 
@@ -51,6 +38,11 @@ def test_each_pass_takes_windows_that_do_not_overlap(length: int) -> None:
         count = (103 - offset) // length
         taken = sorted([first, *islice(starts, count - 1)])
         assert taken == [offset + i * length for i in range(count)]
+
+
+def test_passes_begin_at_different_offsets() -> None:
+    starts = shuffled_starts(103, 10, torch.Generator().manual_seed(1))
+    assert len({start % 10 for start in islice(starts, 500)}) == 10
 
 
 def test_one_seed_gives_one_order() -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 import slimgrad as sg
-from slimgrad.train import Row, build_model, train
-from slimgrad.train.loop import learning_rate_at, validate
-from tests.train.settings import TEXT, tiny
+from slimgrad.data import Corpus, Documents
+from slimgrad.train import Row, build_model, make_task, train, validate
+from slimgrad.train.optimizer import learning_rate_at
+from tests.train.settings import TEXT, corpus, documents, timeless, tiny
 
 
 def test_training_lowers_both_losses() -> None:
     reported: list[Row] = []
-    trained = train(tiny(), TEXT, reported.append)
+    trained = train(tiny(), corpus(), reported.append)
     assert reported == trained.rows
     assert trained.rows[0].bits == pytest.approx(8, abs=1.5)
     assert trained.rows[-1].bits < 3.5  # measured: 2.3
@@ -26,7 +28,7 @@ def test_training_lowers_both_losses() -> None:
 
 @pytest.mark.parametrize("first_length", [0, 24])
 def test_one_seed_gives_one_run_in_every_bit(first_length: int) -> None:
-    runs = [train(tiny(steps=6, first_length=first_length, seed=seed), TEXT) for seed in (5, 5, 6)]
+    runs = [train(tiny(steps=6, first_length=first_length, seed=seed), corpus()) for seed in (5, 5, 6)]
     bits = [[row.bits for row in run.rows] for run in runs]
     assert bits[0] == bits[1] != bits[2]
     for a, b in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
@@ -34,7 +36,7 @@ def test_one_seed_gives_one_run_in_every_bit(first_length: int) -> None:
 
 
 def test_the_chunk_does_not_move_the_result() -> None:
-    runs = [train(tiny(steps=4, chunk=chunk), TEXT) for chunk in (13, 97)]
+    runs = [train(tiny(steps=4, chunk=chunk), corpus()) for chunk in (13, 97)]
     for a, b in zip(runs[0].rows, runs[1].rows, strict=True):
         assert a.bits == pytest.approx(b.bits, rel=1e-4)
         assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-3)
@@ -48,23 +50,85 @@ def test_training_leaves_the_random_state_alone() -> None:
 
 def test_a_loss_that_is_no_number_stops_the_run() -> None:
     with pytest.raises(sg.NonFiniteError):
-        train(tiny(learning_rate=1e30), TEXT)
+        train(tiny(learning_rate=1e30), corpus())
 
 
 def test_too_little_text_is_refused_before_any_work() -> None:
     with pytest.raises(sg.InputError, match="expected at least 297 bytes"):
-        train(tiny(), TEXT[:296])
+        train(tiny(), corpus(TEXT[:296]))
 
 
 def test_validation_is_the_mean_over_windows_in_bits_per_byte() -> None:
     config = tiny(chunk=40)
     model = build_model(config)
-    losses = []
+    losses, right = [], 0
     for window in (TEXT[:97], TEXT[97:194]):
         logits, _ = model(window[None, :-1], model.initial_state(1))
+        right += int((logits[0].argmax(-1) == window[1:]).sum())
         losses.append(torch.nn.functional.cross_entropy(logits[0], window[1:].long()))
     expected = float(torch.stack(losses).detach().mean()) / math.log(2)
-    assert validate(config, model, TEXT[:200]) == pytest.approx(expected, rel=1e-6)
+    text = Corpus(name="fox", source="a test", text=Documents([TEXT]), validation=Documents([TEXT[:200]]))
+    bits, accuracy = validate(config, model, make_task(config, text))
+    assert bits == pytest.approx(expected, rel=1e-6)
+    assert accuracy == pytest.approx(right / (2 * 96))
+
+
+@pytest.mark.parametrize("changes", [{}, {"first_length": 24}, {"eval_every": 7}])
+def test_the_last_step_always_ends_with_a_validation(changes: dict[str, int | None]) -> None:
+    rows = train(tiny(steps=16, **({"eval_every": None} | changes)), corpus()).rows
+    validated = [row.step for row in rows if row.validation_bits is not None]
+    assert validated[-1] == 16
+    assert len(validated) == (3 if "eval_every" in changes else 5)
+
+
+def test_batches_that_accumulate_are_one_large_batch() -> None:
+    config = {"steps": 3, "windows": "consecutive", "learning_rate": 1e-3}
+    together = train(tiny(batch=4, **config), corpus()).rows
+    apart = train(tiny(accumulate=4, **config), corpus()).rows
+    for a, b in zip(together, apart, strict=True):
+        assert a.num_bytes == b.num_bytes == 4 * 97
+        assert a.bits == pytest.approx(b.bits, rel=1e-6)  # measured: 4.2e-8
+        assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-5)  # measured: 1.0e-7
+
+
+def test_whole_documents_are_sequences_of_their_own_length() -> None:
+    rows = train(tiny(windows="documents", batch=2, steps=4, length=300), documents(50, 61, 300, 7, 250)).rows
+    assert {row.length for row in rows} <= {7, 50, 61, 300}
+    assert sum(row.num_bytes for row in rows) == rows[-1].bytes_seen
+
+
+def test_copying_is_learnt_without_a_corpus() -> None:
+    config = tiny(task="copying", length=16, batch=8, steps=8)
+    rows = train(config).rows
+    assert rows[0].bits == pytest.approx(8, abs=1.5)
+    assert rows[-1].bits < rows[0].bits
+    with pytest.raises(sg.InputError, match="expected no corpus, got fox"):
+        train(config, corpus())
+    with pytest.raises(sg.InputError, match="expected a corpus to learn from, got none"):
+        train(tiny())
+
+
+def test_bf16_stays_near_float32() -> None:
+    rows = [train(tiny(steps=4, precision=precision), corpus()).rows[-1].bits for precision in ("float32", "bf16")]
+    assert rows[0] != rows[1]
+    assert rows[0] == pytest.approx(rows[1], rel=0.002)  # measured: 1.5e-4
+
+
+def test_random_features_are_drawn_by_the_seed_and_the_step_alone() -> None:
+    shape = dataclasses.replace(tiny().model, feature_map="favor", features=8, normalize=True)
+    runs: list[list[Row]] = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        runs.append(train(tiny(model=shape, steps=3), corpus()).rows)
+    assert timeless(runs[0]) == timeless(runs[1])
+
+
+def test_decay_may_be_constant_or_a_drop_to_a_tenth_after_two_thirds() -> None:
+    places = [(i / 30, (i + 1) / 30) for i in range(30)]
+    constant = tiny(decay="constant", warmup=0, learning_rate=1.0)
+    assert {learning_rate_at(constant, *place) for place in places} == {1.0}
+    drop = tiny(decay="drop", warmup=0, learning_rate=1.0)
+    assert [learning_rate_at(drop, *place) for place in places] == [1.0] * 20 + [0.1] * 10
 
 
 def test_learning_rate_rises_then_falls_to_zero() -> None:

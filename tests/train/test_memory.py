@@ -1,15 +1,20 @@
-"""The measured peak: a real one, of the pass alone."""
+"""The measured peak is a real one, of the pass alone; a limit is a hard one."""
 
 from __future__ import annotations
 
 import math
+import os
+import subprocess
 import sys
 
 import pytest
+import torch
 
+from slimgrad import InputError, MemoryLimitError
 from slimgrad.models import get_preset
-from slimgrad.train import Cost, measure_gradient
+from slimgrad.train import Cost, limit_memory, measure_gradient
 from slimgrad.train import memory as memory_module
+from slimgrad.train.memory import out_of_memory
 
 MODEL = get_preset("modern").model
 
@@ -23,6 +28,78 @@ def test_chunks_take_a_fraction_of_plain_backpropagation() -> None:
     layer_inputs = MODEL.layers * 2048 * MODEL.width * 4
     assert plain.peak_bytes > 5 * layer_inputs
     assert ours.peak_bytes < plain.peak_bytes / 3
+
+
+LIMITED = """
+import sys, torch
+from slimgrad import MemoryLimitError, backward
+from slimgrad.models import Performer, PerformerConfig
+from slimgrad.data import Batch
+from slimgrad.train.gradient import add_gradient
+from slimgrad.train.memory import limit_memory, out_of_memory, proc_status
+
+method, megabytes = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+model = Performer(PerformerConfig(layers=2, width=64, heads=2))
+torch.manual_seed(0)
+for parameter in model.parameters():
+    torch.nn.init.normal_(parameter, std=0.05)
+batch = Batch(torch.randint(256, (1, 40_000), dtype=torch.uint8))
+how = dict(method=method, chunk=256, schedule=None, normalizer=1.0)
+add_gradient(model, Batch(batch.inputs[:, :600]), **how)  # loads what loads late
+model.zero_grad()
+if megabytes:
+    limit_memory(proc_status("VmData") + megabytes * 1_000_000)
+try:
+    with out_of_memory("step 1", 256):
+        add_gradient(model, batch, **how)
+except MemoryLimitError as error:
+    print(error)
+else:
+    total = sum(p.grad.double().sum() for p in model.parameters())
+    print(float(total).hex())
+"""
+
+
+def limited(method: str, megabytes: int) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, method, str(megabytes)], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all data on Linux alone")
+def test_under_a_limit_plain_backpropagation_dies_and_chunks_give_the_same_bits() -> None:
+    assert limited("plain", 60).startswith("step 1: memory ran out. A smaller --chunk (now 256) needs less")
+    assert limited("chunked", 60) == limited("chunked", 0) != ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all data on Linux alone")
+def test_a_limit_below_what_is_held_is_refused() -> None:
+    with pytest.raises(InputError, match=r"a memory limit of 1 MB: expected more than the [\d,]+ MB that Python and"):
+        limit_memory(1_000_000)
+
+
+def test_without_a_kernel_that_counts_data_there_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_module, "proc_status", lambda _: None)
+    with pytest.raises(InputError, match="expected Linux, whose RLIMIT_DATA counts"):
+        limit_memory(1 << 40)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+              torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+)  # fmt: skip
+def test_every_way_to_run_out_of_memory_is_one_error(error: Exception) -> None:
+    with pytest.raises(MemoryLimitError, match="fine-tuning: memory ran out"), out_of_memory("fine-tuning", 8):
+        raise error
+
+
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory("fine-tuning", 8):
+        raise RuntimeError("shapes do not match")
 
 
 def test_a_child_that_dies_is_reported_not_raised() -> None:

@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from slimgrad import InputError
+from slimgrad import InputError, NonFiniteError
 from slimgrad.models import Performer
 from slimgrad.sweep import tree
-from slimgrad.train import generate, train
-from tests.train.settings import TEXT, TINY_MODEL, tiny
+from slimgrad.train import generate, sample, stream, train
+from tests.train.settings import TEXT, TINY_MODEL, corpus, tiny
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -35,7 +35,7 @@ def test_the_state_keeps_its_size() -> None:
 
 
 def test_a_trained_model_goes_on_as_its_text_does() -> None:
-    text = generate(train(tiny(steps=60), TEXT).model, b"the quick brown fox ", 24)
+    text = generate(train(tiny(steps=60), corpus()).model, b"the quick brown fox ", 24)
     assert text == b"jumps over the lazy dog."
 
 
@@ -46,9 +46,43 @@ def test_the_seed_decides_what_is_drawn() -> None:
     assert len(drawn[0]) == 20
 
 
+def test_a_model_that_diverged_is_said_so() -> None:
+    model = Performer(TINY_MODEL)
+    torch.nn.init.constant_(model.head.bias, float("inf"))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(NonFiniteError, match="the model diverged"):
+            generate(model, b"a", 1, temperature=temperature)
+
+
 def test_bad_arguments_are_refused() -> None:
     model = Performer(TINY_MODEL)
     with pytest.raises(InputError, match="expected at least one byte"):
         generate(model, b"", 3)
-    with pytest.raises(InputError, match="temperature=-1"):
-        generate(model, b"a", 3, temperature=-1)
+    for wrong in ({"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(InputError, match=f"{name}={value}: expected"):
+            stream(model, b"a", 3, **wrong)  # before the first byte is asked for
+    with pytest.raises(InputError, match="num_bytes=-1"):
+        stream(model, b"a", -1)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.4, {0}), (0.5, {0}), (0.51, {0, 1}), (0.81, {0, 1, 2}), (1.0, {0, 1, 2, 3})]
+)
+def test_top_p_keeps_the_fewest_likeliest_bytes_that_have_the_probability(top_p: float, kept: set[int]) -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    generator = torch.Generator().manual_seed(0)
+    assert {sample._choose(logits, 1.0, top_p, generator) for _ in range(200)} == kept
+
+
+def test_a_tiny_top_p_takes_the_likeliest_byte() -> None:
+    model = Performer(TINY_MODEL)
+    assert generate(model, b"ab", 20, temperature=1.0, top_p=1e-9) == generate(model, b"ab", 20)
+
+
+def test_a_long_prompt_enters_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Performer(TINY_MODEL)
+    prompt = bytes(TEXT[:100].tolist())
+    whole = generate(model, prompt, 20)
+    monkeypatch.setattr(sample, "_PREFILL_BYTES", 7)
+    assert generate(model, prompt, 20) == whole

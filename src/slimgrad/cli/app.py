@@ -1,7 +1,7 @@
-"""Commands and their options. The work is in `training` and `checking`, imported when a command runs.
+"""Commands and their options. The work is in the modules beside this one, imported when a command runs.
 
 Exit status: 0 all is well; 1 a run failed, or `verify` found a gradient that is not exact; 2 the input does not fit;
-130 interrupted.
+130 interrupted by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -24,6 +24,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run's folder, one of its snapshots, or a model.safetensors.")
+]
+Length = Annotated[int | None, typer.Option(help="Bytes of one training sequence.")]
+Chunk = Annotated[int | None, typer.Option(help="Bytes whose graph lives at once: what decides the memory.")]
+Steps = Annotated[int | None, typer.Option(help="Optimiser steps.")]
+Method = Annotated[
+    str | None, typer.Option(help="How gradients are computed: chunked, checkpoint or plain. The gradient is the same.")
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.", show_default="auto")
+]
+Rate = Annotated[float | None, typer.Option(help="The highest learning rate.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any other number of the run, as config.json names it."),
+]
+Out = Annotated[Path | None, typer.Option(help="A new folder for the results.", show_default="runs/CORPUS-DATE-TIME")]
+DataDir = Annotated[Path | None, typer.Option(help="Where named corpora lie, instead of fetching them.")]
+
 
 @contextmanager
 def one_clear_message() -> Generator[None]:
@@ -34,8 +54,13 @@ def one_clear_message() -> Generator[None]:
         print(f"slimgrad: {error}", file=sys.stderr)
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from error
     except KeyboardInterrupt as error:
-        print("slimgrad: interrupted", file=sys.stderr)
-        raise typer.Exit(130) from error
+        number = getattr(error, "signal_number", 2)
+        print(f"slimgrad: interrupted{_how_to_go_on(error)}", file=sys.stderr)
+        raise typer.Exit(128 + number) from error
+
+
+def _how_to_go_on(error: KeyboardInterrupt) -> str:
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", []))
 
 
 def _print_version(wanted: bool) -> None:
@@ -57,23 +82,134 @@ def _root(  # pyright: ignore[reportUnusedFunction]
 
 @app.command()
 def train(
-    file: Annotated[
-        Path | None, typer.Argument(help="Any file: its bytes are the text. Without one: Python's own documentation.")
+    corpus: Annotated[
+        str | None,
+        typer.Argument(
+            help="A file, a folder of documents, enwik8, ptb, tinyshakespeare, or copying. Without one: Python's own "
+            "documentation."
+        ),
     ] = None,
-    preset: Annotated[str, typer.Option(help="The model's shape, and numbers that suit it.")] = "modern",
-    length: Annotated[int | None, typer.Option(help="Bytes of one training sequence.")] = None,
-    chunk: Annotated[int | None, typer.Option(help="Bytes whose graph lives at once: what decides the memory.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps, one sequence each.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides parameters and order; the same seed gives the same run.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="A new folder for the results.", show_default="runs/CORPUS-DATE-TIME")
+    preset: Annotated[
+        str | None, typer.Option(help="The model's shape, and numbers that suit it.", show_default="modern")
     ] = None,
+    length: Length = None,
+    chunk: Chunk = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="States to keep: auto, rebuild, keep, every:K or binomial:SLOTS; @disk or @FOLDER: there."),
+    ] = None,
+    method: Method = None,
+    windows: Annotated[
+        str | None, typer.Option(help="Sequences from the text: shuffled, consecutive, random or documents (whole).")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences at once.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches whose gradients make one step.")] = None,
+    device: Device = None,
+    precision: Annotated[str | None, typer.Option(help="float32, or bf16 (autocast).")] = None,
+    learning_rate: Rate = None,
+    steps: Steps = None,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps between validations.", show_default="five in all")
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between snapshots.", show_default="one a minute")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Decides parameters, order and draws; one seed, one run.", show_default="0")
+    ] = None,
+    settings: Settings = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Begin with the model of this run or file, however it was trained.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with this run (or from this snapshot of it), bit for bit.")
+    ] = None,
+    out: Out = None,
+    data_dir: DataDir = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's files too.")] = False,
 ) -> None:
-    """Train a Performer on text, then show the loss curve, a sample, and what memory one gradient takes."""
-    with one_clear_message():
-        from slimgrad.cli.training import run_training
+    """Train a Performer on text, then show the loss curve, a sample, and what memory one gradient takes.
 
-        run_training(file, preset, length=length, chunk=chunk, steps=steps, seed=seed, out=out)
+    Ctrl-C and SIGTERM save first. A run that ended in any way goes on with --resume.
+    """
+    with one_clear_message():
+        from slimgrad.cli.training import Options, run_training
+
+        run_training(
+            Options(
+                corpus=corpus, preset=preset, length=length, chunk=chunk, schedule=schedule, method=method,
+                windows=windows, batch=batch, accumulate=accumulate, device=device, precision=precision,
+                learning_rate=learning_rate, steps=steps, eval_every=eval_every, save_every=save_every, seed=seed,
+                settings=tuple(settings or ()),
+                init=init, resume=resume, out=out, data_dir=data_dir, tensorboard=tensorboard,
+            )
+        )  # fmt: skip
+
+
+@app.command()
+def finetune(
+    run: RunArgument,
+    file: Annotated[str, typer.Argument(help="The text to adapt to: a file, a folder, or a corpus' name.")],
+    memory: Annotated[
+        str | None, typer.Option(help="Most data this process may hold, e.g. 500MB; enforced by the kernel (Linux).")
+    ] = None,
+    length: Length = None,
+    chunk: Chunk = None,
+    method: Method = None,
+    device: Device = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="The highest learning rate.", show_default="a tenth of the run's")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.", show_default="20")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides the order.", show_default="the run's")] = None,
+    settings: Settings = None,
+    out: Out = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Adapt a trained model to a text, within a hard limit on memory. The result is a run of its own."""
+    with one_clear_message():
+        from slimgrad.cli.training import Options, run_finetuning
+
+        options = Options(
+            corpus=file, length=length, chunk=chunk, method=method, device=device, learning_rate=learning_rate,
+            steps=steps, seed=seed, settings=tuple(settings or ()), out=out, data_dir=data_dir,
+        )  # fmt: skip
+        run_finetuning(options, run, memory)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: RunArgument,
+    file: Annotated[str, typer.Argument(help="The text: a file of any size, - for standard input, or a folder.")],
+    chunk: Annotated[int, typer.Option(help="Bytes that go through the model at once.")] = 1024,
+    device: Device = None,
+) -> None:
+    """Bits per byte over a file as one sequence, streamed: memory does not depend on its size."""
+    with one_clear_message():
+        from slimgrad.cli.evaluating import run_evaluation
+
+        run_evaluation(run, file, chunk=chunk, device=device or "auto")
+
+
+@app.command()
+def generate(
+    run: RunArgument,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "\n",
+    prompt_file: Annotated[Path | None, typer.Option(help="A file to go on from, in place of --prompt.")] = None,
+    tokens: Annotated[int, typer.Option(help="Bytes to generate.")] = 400,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte; 1 draws as the model says.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest bytes that have this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Decides what is drawn.")] = 0,
+    device: Device = None,
+) -> None:
+    """Text from a trained model, from its recurrent state: memory and time per byte do not grow."""
+    with one_clear_message():
+        from slimgrad.cli.generating import run_generation
+
+        run_generation(
+            run, prompt=prompt, prompt_file=prompt_file, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed,
+            device=device or "auto",
+        )  # fmt: skip
 
 
 @app.command()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
 from slimgrad.train import Row
 
@@ -42,7 +42,7 @@ def sketch(values: Sequence[float], *, width: int = 60, height: int = 8, unicode
     return [f"{label} {'┤' if unicode else '|'}{line.rstrip()}" for label, line in zip(labels, draw, strict=True)]
 
 
-def save_picture(path: Path, rows: Sequence[Row], title: str) -> None:
+def picture(rows: Sequence[Row], title: str) -> bytes:
     """Training and validation loss in bits per byte over the bytes seen, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -65,4 +65,6 @@ def save_picture(path: Path, rows: Sequence[Row], title: str) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    content = io.BytesIO()
+    figure.savefig(content)
+    return content.getvalue()

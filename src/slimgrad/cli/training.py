@@ -1,185 +1,278 @@
-"""`slimgrad train`: say what will run and why, run it under a progress bar, show what came of it."""
+"""`slimgrad train` and `slimgrad finetune`: from options to a run; `session` then carries it out."""
 
 from __future__ import annotations
 
-import math
-import time
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.padding import Padding
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from torch import Tensor
 
-import slimgrad
-from slimgrad.cli.curve import save_picture, sketch, smooth
-from slimgrad.cli.output import RunFolder
-from slimgrad.data import Corpus, load_corpus, split_bytes
-from slimgrad.models import get_preset
+from slimgrad.cli.curve import picture
+from slimgrad.cli.session import Session, describe, require_tensorboard
+from slimgrad.cli.words import parse_bytes
+from slimgrad.data import Corpus, Documents, load_corpus
+from slimgrad.errors import InputError
+from slimgrad.models import PerformerConfig, get_preset
 from slimgrad.train import (
-    Cost,
-    Row,
+    RunFolder,
     TrainConfig,
-    Trained,
     build_model,
     config_for,
-    generate,
-    measure_gradient,
-    plan_schedule,
+    describe_environment,
+    limit_memory,
+    make_task,
+    open_model,
+    pick_device,
+    require_new,
+    require_shape,
     train,
+    with_settings,
 )
+from slimgrad.train.folder import read_record, split_snapshot_path
+from slimgrad.train.memory import out_of_memory
 
-SAMPLE_BYTES = 600
-PROMPT_BYTES = 64
-TEMPERATURE = 0.7
+COPYING = "copying"
+DEFAULT_PRESET = "modern"
+FINETUNE_STEPS, FINETUNE_RATE = 20, 0.1
+_HOW = ("method", "chunk", "schedule", "device")  # decide how a gradient is computed, not which gradient
 
 
-def run_training(
-    file: Path | None,
-    preset: str,
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line was given; None where it was not."""
+
+    corpus: str | None = None
+    preset: str | None = None
+    length: int | None = None
+    chunk: int | None = None
+    schedule: str | None = None
+    method: str | None = None
+    windows: str | None = None
+    batch: int | None = None
+    accumulate: int | None = None
+    device: str | None = None
+    precision: str | None = None
+    learning_rate: float | None = None
+    steps: int | None = None
+    eval_every: int | None = None
+    save_every: int | None = None
+    seed: int | None = None
+    settings: tuple[str, ...] = ()
+    init: Path | None = None
+    resume: Path | None = None
+    out: Path | None = None
+    data_dir: Path | None = None
+    tensorboard: bool = False
+
+    def numbers(self) -> dict[str, Any]:
+        """Those that are fields of a configuration, and were given."""
+        names = {field.name for field in dataclasses.fields(TrainConfig)}
+        return {k: v for k, v in dataclasses.asdict(self).items() if k in names and v is not None}
+
+
+def run_training(options: Options) -> None:
+    """Train a new run, or go on with one."""
+    if options.resume is not None:
+        _resume(options)
+        return
+    preset = options.preset or DEFAULT_PRESET
+    if options.init is None:
+        weights, config, origin = None, config_for(get_preset(preset)), f"preset {preset}"
+    else:
+        weights, config = _initial(options.init, options.preset)
+        origin = str(options.init) + (f", preset {preset}" if options.preset else "")
+    _begin(options, config, weights, origin)
+
+
+def run_finetuning(options: Options, run: Path, memory: str | None) -> None:
+    """Adapt a trained model to a text, in a new run, within a limit on memory."""
+    limit = None if memory is None else parse_bytes(memory)
+    if limit is not None:
+        _load_what_loads_late()
+        limit_memory(limit)
+    weights, config = _initial(run, None)
+    config = config.replace(
+        first_length=0, steps=FINETUNE_STEPS, learning_rate=config.learning_rate * FINETUNE_RATE, windows="shuffled",
+        warmup=0.1, task="text",
+    )  # fmt: skip
+    with out_of_memory("fine-tuning", options.chunk or config.chunk):
+        _begin(options, config, weights, str(run), finetuning=True)
+
+
+def _load_what_loads_late() -> None:
+    """Train for one tiny step and draw it: what torch and matplotlib load when first used is then part of the base."""
+    tiny = PerformerConfig(layers=1, width=8, heads=1)
+    config = TrainConfig(model=tiny, length=8, chunk=4, steps=1, learning_rate=1e-3, validation_bytes=4)
+    text = Documents([torch.zeros(64, dtype=torch.uint8)])
+    picture(train(config, Corpus(name="tiny", source="zeros", text=text)).rows, "")
+
+
+def _begin(
+    options: Options,
+    config: TrainConfig,
+    weights: Mapping[str, Tensor] | None,
+    origin: str,
     *,
-    length: int | None,
-    chunk: int | None,
-    steps: int | None,
-    seed: int,
-    out: Path | None,
+    finetuning: bool = False,
 ) -> None:
-    """Train, and leave the results in a new folder."""
-    began = time.perf_counter()
-    console = Console(highlight=False)
-    shape = get_preset(preset)
-    corpus = load_corpus(file)
-    config = config_for(
-        shape, length=length, chunk=chunk, steps=steps, seed=seed, validation_bytes=validation_bytes(len(corpus.data))
-    )
-    split = split_bytes(corpus.data, validation=config.validation_bytes, window=config.length)
-    with RunFolder(out, corpus.name) as folder:
-        settings = _describe(config, corpus, preset)
-        folder.write_json("config.json", {"settings": settings, "config": config.to_dict()})
-        _print_settings(console, {**settings, "results": str(folder.path)})
-        trained = _train_with_progress(console, config, corpus, folder)
-        _show_curve(console, trained, folder, corpus)
-        _show_sample(console, trained, folder, choose_prompt(bytes(split.validation.tolist())), seed)
-        _show_memory(console, config, folder)
-    console.print(f"\n{time.perf_counter() - began:.0f} s in all; everything is in [bold]{escape(str(folder.path))}[/]")
+    shape = config.model
+    config = with_settings(config.replace(**options.numbers()), options.settings)
+    if options.corpus == COPYING and config.task != COPYING:
+        config = config.replace(task=COPYING, first_length=0)
+    if weights is not None:
+        require_shape(config.model, shape, Path(origin))
+    corpus = _load(options.corpus, config, options.data_dir)
+    config = _fit(config, corpus, options)
+    task = make_task(config, corpus)
+    if options.tensorboard:
+        require_tensorboard()
+    if options.out is not None:
+        require_new(options.out)
+    settings = describe(config, corpus, origin)
+    record = {
+        "settings": settings,
+        "corpus": _identify(corpus, options),
+        "origin": origin,
+        "config": config.to_dict(),
+        "sessions": [_session(config, 0)],
+    }
+    name = COPYING if corpus is None else corpus.name
+    model = build_model(config)
+    if weights is not None:
+        model.load_state_dict(weights)
+    with RunFolder.create(options.out, name, record, None if weights is None else model) as folder:
+        Session(config, corpus, task, folder, tensorboard=options.tensorboard, finetuning=finetuning).run(settings)
 
 
-def validation_bytes(num_bytes: int) -> int:
-    """A tenth of the corpus, at most 32,768 bytes."""
-    return max(2, min(32_768, num_bytes // 10))
+def _resume(options: Options) -> None:
+    assert options.resume is not None
+    allowed = {"resume", "corpus", "data_dir", "tensorboard", *_HOW}
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    refused = [name for name, value in given.items() if name not in allowed and value not in (None, ())]
+    if refused:
+        raise InputError(
+            f"--resume goes on with the run as it was: expected no {', no '.join(map(_flag, refused))}. Only how "
+            "gradients are computed may change: --method, --chunk, --schedule, --device. For anything else, begin a "
+            "new run with --init"
+        )
+    record = read_record(split_snapshot_path(options.resume)[0])
+    config = TrainConfig.from_dict(record["config"]).replace(**options.numbers())
+    pick_device(config.device)
+    if options.tensorboard:
+        require_tensorboard()
+    source, data_dir = _where(record, config, options)
+    corpus = _load(source, config, data_dir)
+    _require_same(record.get("corpus"), _identify(corpus, options), source)
+    task = make_task(config, corpus)
+    with RunFolder.reopen(options.resume) as folder:  # from here on the run changes: nothing may be refused any more
+        warnings = _restore_environment(folder)
+        step = folder.snapshot.step if folder.snapshot else 0
+        folder.record["config"] = config.to_dict()
+        folder.record.setdefault("sessions", []).append(_session(config, step))
+        folder.save_record()
+        settings = describe(config, corpus, folder.record.get("origin", "its own shape"))
+        settings["resumed"] = "; ".join([f"after step {step:,} of {config.steps:,}", *warnings])
+        Session(config, corpus, task, folder, tensorboard=options.tensorboard).run(settings)
 
 
-def _describe(config: TrainConfig, corpus: Corpus, preset: str) -> dict[str, str]:
-    """The resolved run in words, with the reason for each choice."""
-    model, shape = build_model(config), config.model
-    parameters = sum(p.numel() for p in model.parameters())
-    _, reason = plan_schedule(config, model)
-    chunks = math.ceil(config.length / config.chunk)
+def _where(record: dict[str, Any], config: TrainConfig, options: Options) -> tuple[str | None, Path | None]:
+    """The corpus to go on with and where its files lie: as now named, or else as the run's record has them."""
+    found = record.get("corpus")
+    if "corpus" not in record and config.task != COPYING and options.corpus is None:
+        raise InputError(
+            f"{options.resume}: expected a record of the run's corpus, found none. Name the corpus: slimgrad train "
+            "CORPUS --resume RUN"
+        )
+    data_dir = found["data_dir"] if found else None
+    return options.corpus or (found["given"] if found else None), options.data_dir or (data_dir and Path(data_dir))
+
+
+def _flag(name: str) -> str:
+    return "--set" if name == "settings" else "--" + name.replace("_", "-")
+
+
+def _initial(path: Path, preset: str | None) -> tuple[dict[str, Tensor], TrainConfig]:
+    """A model's parameters, and the configuration to begin with: the preset's, or that of the run it comes from."""
+    model, config = open_model(path)
+    if preset is not None:
+        config = config_for(get_preset(preset))
+        require_shape(config.model, model.config, path)
+    if config is None:
+        raise InputError(f"{path} is a model without a run: expected --preset beside it, for the other numbers")
+    config = config.replace(model=model.config, method="chunked", schedule="auto")
+    return model.state_dict(), config
+
+
+def _load(source: str | None, config: TrainConfig, data_dir: Path | None) -> Corpus | None:
+    if config.task == COPYING:
+        if source not in (None, COPYING):
+            raise InputError(f"the copying task makes its own sequences: expected no corpus, got {source}")
+        return None
+    return load_corpus(source, data_dir=data_dir)
+
+
+def _fit(config: TrainConfig, corpus: Corpus | None, options: Options) -> TrainConfig:
+    """Numbers that follow from the corpus: bytes for validation, and the longest of whole documents."""
+    if corpus is None:
+        return config
+    if not any(setting.startswith("validation_bytes=") for setting in options.settings):
+        config = config.replace(validation_bytes=validation_bytes(corpus))
+    if config.windows == "documents":
+        if options.length is not None:
+            raise InputError(f"--length {options.length}: expected none with --windows documents, which have their own")
+        train, _ = corpus.split(validation_bytes=config.validation_bytes, window=2)
+        config = config.replace(length=max(2, *(len(document) for document in train.documents)))
+    return config
+
+
+def validation_bytes(corpus: Corpus) -> int:
+    """32,768 bytes; where they are cut off the text, at most a tenth of it."""
+    return 32_768 if corpus.validation else max(2, min(32_768, len(corpus.text) // 10))
+
+
+def _identify(corpus: Corpus | None, options: Options) -> dict[str, Any] | None:
+    """The corpus' bytes by their checksum, and where they were found."""
+    if corpus is None:
+        return None
+    given = options.corpus
+    if given is not None and Path(given).exists():
+        given = os.path.abspath(given)  # a run may go on from another working directory
+    parts = [corpus.text] + ([corpus.validation] if corpus.validation else [])
     return {
-        "corpus": f"{corpus.name}: {len(corpus.data):,} bytes from {corpus.source}, "
-        f"the last {config.validation_bytes:,} for validation",
-        "model": f"{preset}: {shape.layers} layers, width {shape.width}, {shape.heads} heads, "
-        f"{parameters / 1e6:.2f} million parameters",
-        "sequences": f"{config.steps:,} steps, {_growth(config)}{sum(config.step_lengths()) / 1e6:.1f} MB in all",
-        "chunk": f"{config.chunk:,} bytes: only one chunk's graph lives at a time, of {chunks} in a sequence",
-        "schedule": reason,
-        "optimiser": f"AdamW, learning rate {config.learning_rate:g} after {config.warmup:.0%} warm-up, then a cosine",
-        "software": f"slimgrad {slimgrad.__version__}, torch {torch.__version__}, {_threads()}, seed {config.seed}",
+        "name": corpus.name,
+        "given": given,
+        "data_dir": options.data_dir and os.path.abspath(options.data_dir),
+        "bytes": [len(part) for part in parts],
+        "sha256": [part.sha256() for part in parts],
     }
 
 
-def _threads() -> str:
-    count = torch.get_num_threads()
-    return f"{count} thread{'s' if count > 1 else ''}"
+def _require_same(before: dict[str, Any] | None, now: dict[str, Any] | None, source: str | None) -> None:
+    if before is None or now is None:
+        return
+    if before["sha256"] != now["sha256"]:
+        raise InputError(
+            f"corpus {source or before['name']}: expected the {sum(before['bytes']):,} bytes that the run began with, "
+            f"found {sum(now['bytes']):,} bytes, and other ones. Name the file or folder that holds the former: "
+            "slimgrad train CORPUS --resume RUN"
+        )
 
 
-def _growth(config: TrainConfig) -> str:
-    first = config.step_lengths()[0]
-    if first == config.length:
-        return f"each of {config.length:,} bytes: "
-    return f"the first of {first:,} bytes, doubling up to {config.length:,}: "
+def _session(config: TrainConfig, step: int) -> dict[str, Any]:
+    how = {name: getattr(config, name) for name in _HOW}
+    return {"after_step": step, **how, **describe_environment()}
 
 
-def _print_settings(console: Console, settings: dict[str, str]) -> None:
-    table = Table.grid(padding=(0, 2))
-    for name, words in settings.items():
-        table.add_row(f"[bold]{name}[/]", escape(words))
-    console.print(table)
-    console.print()
-
-
-def _train_with_progress(console: Console, config: TrainConfig, corpus: Corpus, folder: RunFolder) -> Trained:
-    columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeRemainingColumn(), TextColumn("left"))
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("starting", total=sum(config.step_lengths()))
-        recent: list[Row] = []
-
-        def report(row: Row) -> None:
-            folder.add(row)
-            recent[:] = [*recent[-19:], row]
-            bits = sum(r.bits for r in recent) / len(recent)
-            speed = sum(r.length for r in recent) / sum(r.length / r.bytes_per_second for r in recent)
-            words = f"{bits:.2f} bits/byte  {speed:,.0f} bytes/s  {megabytes(row.resident_bytes)}"
-            progress.update(task, completed=row.bytes_seen, description=words)
-            if row.validation_bits is not None:
-                progress.console.print(
-                    f"step {row.step:>6,}  training {bits:.3f}  validation [bold]{row.validation_bits:.3f}[/] bits/byte"
-                )
-
-        return train(config, corpus.data, report)
-
-
-def _show_curve(console: Console, trained: Trained, folder: RunFolder, corpus: Corpus) -> None:
-    save_picture(folder.path / "curve.png", trained.rows, f"{corpus.name}: loss while training")
-    bits = smooth([row.bits for row in trained.rows], max(1, len(trained.rows) // 40))
-    console.print("\n[bold]Training loss[/], bits per byte over the steps")
-    for line in sketch(bits, unicode=(console.encoding or "").startswith("utf")):
-        console.print(f"  {line}", markup=False)
-    console.print(f"  validation after the last step: [bold]{trained.validation_bits:.3f}[/] bits per byte")
-
-
-def choose_prompt(text: bytes) -> bytes:
-    """`PROMPT_BYTES` bytes from the start of a line (or of the text): those with the most letters, which are prose."""
-    starts = [0, *(i + 1 for i, byte in enumerate(text) if byte == ord("\n"))]
-    pieces = [text[start : start + PROMPT_BYTES] for start in starts if start < len(text)]
-    return max(pieces, key=lambda piece: sum(chr(byte).isalpha() for byte in piece if byte < 128))
-
-
-def _show_sample(console: Console, trained: Trained, folder: RunFolder, prompt: bytes, seed: int) -> None:
-    text = generate(trained.model, prompt, SAMPLE_BYTES, temperature=TEMPERATURE, seed=seed)
-    folder.write_bytes("sample.txt", prompt + text)
-    console.print(
-        f"\n[bold]Sample[/], going on from [cyan]a prompt[/] of the validation text, temperature {TEMPERATURE}"
-    )
-    shown = f"[cyan]{escape(printable(prompt))}[/]{escape(printable(text))}"
-    console.print(Padding(shown, (0, 0, 0, 2), expand=False))
-
-
-def _show_memory(console: Console, config: TrainConfig, folder: RunFolder) -> None:
-    console.print(f"\n[bold]One gradient[/] over {config.length:,} bytes, each way in a process of its own")
-    ours = measure_gradient(config.model, length=config.length, chunk=config.chunk, method="slimgrad")
-    plain = measure_gradient(config.model, length=config.length, chunk=config.chunk, method="plain")
-    table = Table.grid(padding=(0, 3))
-    for name, cost in ((f"slimgrad, chunks of {config.chunk:,}", ours), ("plain backpropagation", plain)):
-        table.add_row(f"  {name}", f"[bold]{megabytes(cost.peak_bytes)}[/]", _seconds(cost))
-    console.print(table)
-    if ours.peak_bytes and plain.peak_bytes:
-        console.print(f"  the same gradient in [bold]1/{plain.peak_bytes / ours.peak_bytes:.1f}[/] of the memory")
-    folder.write_json("memory.json", {"slimgrad": vars(ours), "plain": vars(plain)})
-
-
-def _seconds(cost: Cost) -> str:
-    return cost.note or f"{cost.seconds:.1f} s"
-
-
-def megabytes(num_bytes: int | None) -> str:
-    """Bytes in words."""
-    return "not measured" if num_bytes is None else f"{num_bytes / 1e6:,.0f} MB"
-
-
-def printable(text: bytes) -> str:
-    """Bytes as text that a terminal can show: what is not UTF-8, and control characters, become a replacement mark."""
-    decoded = text.decode("utf-8", errors="replace")
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in decoded)
+def _restore_environment(folder: RunFolder) -> list[str]:
+    """Compute with as many threads as before; say what else differs, where bits can no longer be promised."""
+    before = dict(folder.snapshot.environment) if folder.snapshot else {}
+    if before:
+        torch.set_num_threads(before["threads"])
+    now = describe_environment()
+    differing = [f"{name} {before[name]} is now {now[name]}" for name in before if before[name] != now[name]]
+    return [f"bits may differ from an undisturbed run: {', '.join(differing)}"] if differing else []

@@ -1,18 +1,37 @@
-"""A corpus: a name and its bytes, from a file (memory-mapped) or from what Python carries."""
+"""A corpus: a name and its bytes, from files (memory-mapped), from the network, or from what Python carries."""
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from slimgrad.data.documents import Documents
+from slimgrad.data.fetch import fetch
 from slimgrad.data.pydocs import pydocs
 from slimgrad.errors import InputError
 
-PYDOCS = "pydocs"
+PYDOCS, ENWIK8, PTB, TINYSHAKESPEARE = "pydocs", "enwik8", "ptb", "tinyshakespeare"
+KNOWN = (PYDOCS, ENWIK8, PTB, TINYSHAKESPEARE)
+_ENWIK8_TRAINING, _ENWIK8_VALIDATION = 90_000_000, 5_000_000  # the usual split; the last five million are for tests
+
+
+_KEPT_OPEN = 256
+
+
+class Split(NamedTuple):
+    """Training bytes and validation bytes, no byte in both."""
+
+    train: Documents
+    validation: Documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,43 +41,150 @@ class Corpus:
     Attributes:
         name: what to call it in folders and titles.
         source: where it came from, in words.
-        data: uint8 `[bytes]`.
+        text: what to train on; where `validation` is None, its end is for validation.
+        validation: the official validation part, where the corpus has one.
     """
 
     name: str
     source: str
-    data: Tensor
+    text: Documents
+    validation: Documents | None = None
+
+    def split(self, *, validation_bytes: int, window: int) -> Split:
+        """Training and validation.
+
+        Args:
+            validation_bytes: from the start of the official part, or else cut off the end of the text; at least 2.
+            window: bytes that the training part must have at least.
+
+        Raises:
+            InputError: the text is too short for both.
+        """
+        if validation_bytes < 2:
+            raise InputError(
+                f"validation_bytes={validation_bytes}: expected at least 2 bytes, one to read and one to predict"
+            )
+        if self.validation is not None and len(self.text) >= window:
+            few = min(validation_bytes, len(self.validation))
+            return Split(self.text, self.validation.cut(few)[0] if few < len(self.validation) else self.validation)
+        if len(self.text) < window + validation_bytes:
+            raise InputError(
+                f"{self.name}: expected at least {window + validation_bytes:,} bytes (one window of {window:,} and "
+                f"{validation_bytes:,} for validation), got {len(self.text):,}. Use a longer text or a shorter --length"
+            )
+        return Split(*self.text.cut(len(self.text) - validation_bytes))
 
 
-def load_corpus(path: str | Path | None = None) -> Corpus:
-    """The bytes of a file, or "pydocs" where `path` is None."""
-    if path is None:
-        return Corpus(name=PYDOCS, source="pydoc_data.topics of this Python installation", data=pydocs())
-    path = Path(path)
-    return Corpus(name=path.stem or path.name, source=str(path), data=map_file(path))
+def load_corpus(source: str | Path | None = None, *, data_dir: Path | None = None) -> Corpus:
+    """A corpus with a name, or the bytes of a file or a folder.
+
+    Args:
+        source: one of `KNOWN` (None: "pydocs"), or a path: a `Path`, or a string, which takes a separator where it is
+            one of `KNOWN` ("./ptb"). A file is one document. Of a folder, every file below it is one, in the byte
+            order of relative paths; left out are empty ones, and those of which a part begins with a dot. Links are
+            followed, but no folder is read twice.
+        data_dir: where the files of a corpus with a name lie (see `fetch`); None: fetched.
+
+    Raises:
+        InputError: nothing of that name, nothing to read in it, or it cannot be read or fetched.
+    """
+    if source is None or source == PYDOCS:
+        return Corpus(name=PYDOCS, source="pydoc_data.topics of this Python installation", text=Documents([pydocs()]))
+    if isinstance(source, str) and source in KNOWN:
+        return _load_known(source, data_dir)
+    path = Path(source)
+    with _reading(path):
+        if source == "" or not path.exists():
+            raise InputError(
+                f"{source or repr('')}: expected a file or folder, or one of {', '.join(KNOWN)}, copying; found "
+                "nothing of that name. Check the path"
+            )
+        if not path.is_dir():
+            return Corpus(name=path.stem or path.name, source=str(path), text=Documents([map_file(path)]))
+        files = _files_below(path)
+    if not files:
+        raise InputError(
+            f"{path}: expected a folder with files to read, found none below it that is neither empty nor hidden. Name "
+            "another folder"
+        )
+    text = Documents([map_file(file, keep_open=len(files) <= _KEPT_OPEN) for file in files])
+    name = os.path.basename(os.path.abspath(path)) or "files"  # "." has a name too
+    return Corpus(name=name, source=f"{len(files):,} files below {path}", text=text)
 
 
-def map_file(path: str | Path) -> Tensor:
+def map_file(path: str | Path, *, keep_open: bool = True) -> Tensor:
     """Any file's bytes as uint8 `[bytes]`, memory-mapped: pages are read when touched, and may be dropped again.
 
-    The map is private (copy on write): writing to the tensor never reaches the file, and a read-only file will do.
-    The file must keep its length while the tensor lives.
+    Never write to the tensor; the file must keep its length while it lives.
+
+    Args:
+        path: the file.
+        keep_open: map it read-only, which keeps a descriptor: the system allows about a thousand. Else the map is
+            private and writable, keeps none, and counts as memory of the process' own where that is limited
+            (RLIMIT_DATA).
 
     Raises:
         InputError: no such file, not a regular file, empty, or not readable.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: expected a file, found nothing of that name. Check the path")
-    if not path.is_file():
-        kind = "a directory" if path.is_dir() else "neither a file nor a directory"
-        raise InputError(f"{path}: expected a file, found {kind}. Name one file")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: expected bytes to read, the file is empty. Name another file")
+    with _reading(path):
+        if not path.exists():
+            raise InputError(f"{path}: expected a file, found nothing of that name. Check the path")
+        if not path.is_file():
+            kind = "a directory" if path.is_dir() else "neither a file nor a directory"
+            raise InputError(f"{path}: expected a file, found {kind}. Name one file")
+        with path.open("rb") as file:  # the system's own words for what it refuses
+            size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            raise InputError(f"{path}: expected bytes to read, the file is empty. Name another file")
+    name = cast(str, os.fsencode(path))  # as bytes, a name need not be text
     try:
-        mapped = np.memmap(path, dtype=np.uint8, mode="c")
-    except OSError as error:
+        if not keep_open:
+            return torch.from_file(name, shared=False, size=size, dtype=torch.uint8)
+        with _reading(path), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="r"))
+    except (RuntimeError, UnicodeDecodeError) as error:  # the second: the first could not spell the name
+        reason = str(error).splitlines()[0] if isinstance(error, RuntimeError) else "the system's refusal"
         raise InputError(
-            f"{path}: expected a readable file, got: {error.strerror or error}. Check its rights"
+            f"{path}: expected to map the file, got: {reason}. Where there are tens of thousands, join them"
         ) from error
-    return torch.from_numpy(mapped)
+
+
+def _load_known(name: str, data_dir: Path | None) -> Corpus:
+    paths = fetch(name, data_dir=data_dir)
+    source = " and ".join(map(str, paths))
+    parts = [Documents([map_file(path)]) for path in paths]
+    if name == ENWIK8:
+        text, rest = parts[0].cut(_ENWIK8_TRAINING)
+        return Corpus(name=name, source=source, text=text, validation=rest.cut(_ENWIK8_VALIDATION)[0])
+    return Corpus(name=name, source=source, text=parts[0], validation=parts[1] if len(parts) > 1 else None)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Regular files with something in them, in the byte order of their relative paths."""
+    files: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    folders = [folder]
+    while folders:
+        here = folders.pop()
+        state = here.stat()
+        if (state.st_dev, state.st_ino) in seen:
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        visible = sorted((path for path in here.iterdir() if not path.name.startswith(".")), key=os.fsencode)
+        files += [path for path in visible if path.is_file() and path.stat().st_size]
+        folders += [path for path in reversed(visible) if path.is_dir()]
+    return sorted(files, key=os.fsencode)
+
+
+@contextmanager
+def _reading(path: Path) -> Generator[None]:
+    """Turn the system's refusal to read into an `InputError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        refused = error.filename or path
+        raise InputError(
+            f"{refused}: expected a readable file or folder, got: {error.strerror or error}. Check its rights"
+        ) from error

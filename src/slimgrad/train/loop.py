@@ -1,8 +1,9 @@
 """The training loop: exact gradients over whole sequences, in the memory of one chunk.
 
-One step is one window of the corpus, one call of `slimgrad.backward` and one step of AdamW. The order of the windows
-and the parameters follow from the seed, and with the same number of threads two runs agree in every bit.
-Cost: per step, one gradient (see `slimgrad.backward`); memory does not depend on the windows' length.
+One step is one or several batches of the task, a gradient each, and one step of AdamW. Everything random follows from
+the seed and the step's number, so a run that goes on from a snapshot agrees in every bit with one that was never
+stopped, as long as the number of threads, the processor and the version of torch are the same.
+Cost: per step, one gradient (see `gradient`); memory does not depend on the length of the sequences.
 """
 
 from __future__ import annotations
@@ -10,54 +11,38 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimgrad.api import backward, evaluate
+from slimgrad.api import evaluate
 from slimgrad.budget import choose_schedule
-from slimgrad.data import consecutive_windows, shuffled_starts, split_bytes
-from slimgrad.errors import NonFiniteError
+from slimgrad.data import Batch, Corpus
+from slimgrad.errors import NonFiniteError, StorageError
+from slimgrad.losses import IGNORED, cross_entropy_sum
 from slimgrad.models.performer import Performer
 from slimgrad.sweep import tree
+from slimgrad.sweep.random import derive_seed, seeded
 from slimgrad.sweep.schedule import Schedule
 from slimgrad.sweep.state import PrefixSum
 from slimgrad.train.config import TrainConfig
-from slimgrad.train.memory import resident_bytes
+from slimgrad.train.device import pick_device
+from slimgrad.train.folder import RunFolder, seconds_so_far
+from slimgrad.train.gradient import add_gradient
+from slimgrad.train.memory import out_of_memory, resident_bytes
+from slimgrad.train.optimizer import learning_rate_at, make_optimizer, set_learning_rate
+from slimgrad.train.row import Report, Row
+from slimgrad.train.schedules import parse_schedule
+from slimgrad.train.snapshot import restore
+from slimgrad.train.stopping import Interrupted, Stop
+from slimgrad.train.task import Task, make_task
 
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """What one step measured.
-
-    Attributes:
-        step: from 1.
-        length: bytes of this step's window.
-        bytes_seen: training bytes so far.
-        seconds: since the first step began, validation included.
-        bits: training loss of this step's window, before the step, in bits per byte.
-        validation_bits: after this step, in bits per byte; None where it was not measured.
-        learning_rate: of this step.
-        gradient_norm: before clipping.
-        bytes_per_second: of this step, validation not included.
-        resident_bytes: memory of the process after the step; None where the platform does not tell.
-    """
-
-    step: int
-    length: int
-    bytes_seen: int
-    seconds: float
-    bits: float
-    validation_bits: float | None
-    learning_rate: float
-    gradient_norm: float
-    bytes_per_second: float
-    resident_bytes: int | None
-
-
-Report = Callable[[Row], None]
+SECONDS_BETWEEN_SNAPSHOTS = 60.0
+_VALIDATIONS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,109 +69,200 @@ def build_model(config: TrainConfig) -> Performer:
 
 def plan_schedule(config: TrainConfig, model: Performer) -> tuple[Schedule, str]:
     """The schedule of every step, and the reason for it in words."""
-    state = model.initial_state(1)
+    named = parse_schedule(config.schedule)
+    if named is not None:
+        return named, f"{named}, as asked for"
+    state = model.initial_state(config.batch)
     plain_bytes = sum(leaf.nbytes for leaf in tree.tensors(state))
     sum_bytes = sum(8 * leaf.shape.numel() for leaf in tree.leaves(state) if isinstance(leaf, PrefixSum))
     return choose_schedule(plain_bytes, sum_bytes, math.ceil(config.length / config.chunk))
 
 
-def train(config: TrainConfig, data: Tensor, report: Report | None = None) -> Trained:
-    """Train a Performer on bytes.
+def train(
+    config: TrainConfig,
+    corpus: Corpus | None = None,
+    report: Report | None = None,
+    *,
+    run: RunFolder | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    stop: Stop | None = None,
+) -> Trained:
+    """Train a Performer on bytes, or on the copying task.
 
     Args:
         config: the run.
-        data: uint8 `[bytes]`; the last `config.validation_bytes` are kept for validation.
+        corpus: the text; None for copying.
         report: called after every step.
+        run: where metrics and snapshots go, and from whose snapshot the run goes on; None: nothing is written.
+        weights: parameters to begin with, in place of random ones (a snapshot's go first).
+        stop: asked whether a signal has come.
 
     Raises:
-        InputError: the data is too short. Before any work.
-        NonFiniteError: the loss or the gradient is no longer a finite number.
+        InputError: the text is too short. Before any work.
+        NonFiniteError: the loss or the gradient is no longer a finite number. The snapshots are those before.
+        StorageError: something cannot be written.
+        MemoryLimitError: memory ran out.
+        Interrupted: a signal came; with `run`, everything up to the last whole step is saved.
     """
-    split = split_bytes(data, validation=config.validation_bytes, window=config.length)
-    model = build_model(config)
-    schedule, _ = plan_schedule(config, model)
-    optimizer = make_optimizer(config, model)
-    lengths = config.step_lengths()
-    windows = training_windows(lengths, split.train, config.seed)
-    total, seen = sum(lengths), 0
-    rows: list[Row] = []
-    began = time.perf_counter()
-    for step, window in enumerate(windows, start=1):
-        step_began = time.perf_counter()
-        before, seen = seen, seen + len(window)
-        rate = learning_rate_at(config, before / total, seen / total)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = float(backward(model, window, chunk=config.chunk, schedule=schedule).loss)
-        norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm))
-        _require_finite(step, loss, norm, rate)
-        optimizer.step()
-        optimizer.zero_grad()
-        step_seconds = time.perf_counter() - step_began
-        validates = seen * config.validations // total > before * config.validations // total
-        row = Row(
-            step=step,
-            length=len(window),
-            bytes_seen=seen,
-            validation_bits=validate(config, model, split.validation) if validates else None,
-            seconds=time.perf_counter() - began,
-            bits=loss / math.log(2),
-            learning_rate=rate,
-            gradient_norm=norm,
-            bytes_per_second=len(window) / step_seconds,
-            resident_bytes=resident_bytes(),
-        )
+    task = make_task(config, corpus)
+    trainer = _Trainer(config, task, run, stop or Stop(), weights)
+    rows = run.rows() if run else []
+    for row in trainer.rows():
         rows.append(row)
         if report is not None:
             report(row)
-    return Trained(model=model, rows=rows)
+    return Trained(model=trainer.model, rows=rows)
 
 
-def training_windows(lengths: list[int], data: Tensor, seed: int) -> Iterator[Tensor]:
-    """One window of the data for each length; a run of equal lengths goes through the data in passes."""
-    generator = torch.Generator().manual_seed(seed)
-    for length, run in itertools.groupby(lengths):
-        for _, start in zip(run, shuffled_starts(len(data), length, generator), strict=False):
-            yield data[start : start + length]
+class _Trainer:
+    """A run under way: parameters, moments, and how far it has come."""
 
+    def __init__(
+        self, config: TrainConfig, task: Task, run: RunFolder | None, stop: Stop, weights: Mapping[str, Tensor] | None
+    ) -> None:
+        self.config, self.task, self.run, self.stop = config, task, run, stop
+        self.model = build_model(config)
+        if weights is not None:
+            self.model.load_state_dict(weights)
+        self.model.to(pick_device(config.device))
+        self.optimizer = make_optimizer(config, self.model)
+        self.schedule, _ = plan_schedule(config, self.model)
+        self.step = self.seen = 0
+        self._saved_step = -1
+        if run is not None and run.snapshot is not None:
+            restore(run.snapshot, self.model, self.optimizer)
+            self.step, self.seen = run.snapshot.step, run.snapshot.bytes_seen
+            self._saved_step = self.step
+        self._earlier_seconds = seconds_so_far(run.path) if run else 0.0
+        lengths = config.step_lengths()
+        self._ends = list(itertools.accumulate(lengths))
+        self._began = self._saved_at = time.perf_counter()
 
-def validate(config: TrainConfig, model: Performer, data: Tensor) -> float:
-    """Bits per byte over consecutive windows of the training length (or all of `data`, where it is shorter).
+    def rows(self) -> Iterator[Row]:
+        """Do the steps that are left, each with its row; save as often as the configuration says, and at the end."""
+        self._save()
+        batches = self.task.batches(first=self.step * self.config.accumulate)
+        while self.step < self.config.steps:
+            with out_of_memory(f"step {self.step + 1}", self.config.chunk):
+                step_batches = list(itertools.islice(batches, self.config.accumulate))
+                row = self._one_step(self.step + 1, step_batches)
+            if self.run is not None:
+                self.run.add(row)
+            if self._save_is_due():
+                self._save()
+            yield row
+        self._save()
 
-    Each window starts from nothing, so its first bytes are harder than the rest.
-    """
-    length = min(config.length, len(data))
-    results = [evaluate(model, window, chunk=config.chunk) for window in consecutive_windows(data, length)]
-    total = sum(float(result.loss) * result.num_targets for result in results)
-    return total / sum(result.num_targets for result in results) / math.log(2)
+    def _one_step(self, number: int, batches: list[Batch]) -> Row:
+        try:
+            return self._step_and_validate(batches)
+        except NonFiniteError as error:
+            if self.run is not None and self._saved_step == self.step:  # then these parameters are what was saved
+                self.run.distrust()
+            raise NonFiniteError(f"step {number}: {error}. {self._last_good()}Lower the learning rate") from error
 
-
-def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW that decays matrices only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-
-
-def learning_rate_at(config: TrainConfig, before: float, after: float) -> float:
-    """A straight rise over the warm-up, then half a cosine down to zero.
-
-    Args:
-        config: the run.
-        before, after: the fractions of all training bytes that were seen before a step, and are after it.
-    """
-    if after <= config.warmup:
-        return config.learning_rate * after / config.warmup
-    done = max(before - config.warmup, 0.0) / (1 - config.warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _require_finite(step: int, loss: float, norm: float, rate: float) -> None:
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise NonFiniteError(
-            f"step {step}: expected a finite loss and gradient, got loss {loss} and gradient norm {norm} at learning "
-            f"rate {rate:.1e}. Lower the learning rate"
+    def _step_and_validate(self, batches: list[Batch]) -> Row:
+        config, model, began = self.config, self.model, time.perf_counter()
+        before = self._ends[self.step - 1] / self._ends[-1] if self.step else 0.0
+        after = self._ends[self.step] / self._ends[-1]
+        rate = learning_rate_at(config, before, after)
+        set_learning_rate(self.optimizer, rate)
+        loss = self._gradient(batches)
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFiniteError(
+                f"expected a finite loss and gradient, got loss {loss} and gradient norm {norm} at learning rate "
+                f"{rate:.1e}"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        num_bytes = sum(batch.num_bytes for batch in batches)
+        self.step, self.seen = self.step + 1, self.seen + num_bytes
+        step_seconds = time.perf_counter() - began
+        bits, accuracy = validate(config, model, self.task) if self._validates() else (None, None)
+        return Row(
+            step=self.step,
+            length=max(batch.longest for batch in batches),
+            num_bytes=num_bytes,
+            bytes_seen=self.seen,
+            seconds=self._earlier_seconds + time.perf_counter() - self._began,
+            bits=loss / math.log(2),
+            validation_bits=bits,
+            validation_accuracy=accuracy,
+            learning_rate=rate,
+            gradient_norm=norm,
+            bytes_per_second=num_bytes / step_seconds,
+            resident_bytes=resident_bytes(),
         )
+
+    def _gradient(self, batches: list[Batch]) -> float:
+        """The loss of this step, its gradient in `.grad`. A signal throws the gradient away, and saves the rest."""
+        config, model = self.config, self.model
+        normalizer = max(sum(batch.num_targets for batch in batches), 1)
+        how: dict[str, Any] = {"method": config.method, "chunk": config.chunk, "schedule": self.schedule}
+        seed = derive_seed(config.seed, self.step)
+        try:
+            with self.stop.interruptible(), seeded(seed, model.head.weight.device), autocast(config, model):
+                return sum(add_gradient(model, batch, normalizer=normalizer, **how) for batch in batches)
+        except Interrupted:
+            self.optimizer.zero_grad()
+            self._save()
+            raise
+
+    def _validates(self) -> bool:
+        if self.config.eval_every is not None:
+            return self.step % self.config.eval_every == 0 or self.step == self.config.steps
+        before, after = (self._ends[i] if i >= 0 else 0 for i in (self.step - 2, self.step - 1))
+        return after * _VALIDATIONS // self._ends[-1] > before * _VALIDATIONS // self._ends[-1]
+
+    def _save_is_due(self) -> bool:
+        if self.config.save_every is not None:
+            return self.step % self.config.save_every == 0
+        return time.perf_counter() - self._saved_at > SECONDS_BETWEEN_SNAPSHOTS
+
+    def _save(self) -> None:
+        if self.run is None or self._saved_step == self.step:
+            return
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise NonFiniteError(
+                f"step {self.step}: expected finite parameters, some are not. {self._last_good()}Lower the learning "
+                "rate"
+            )
+        try:
+            self.run.save(step=self.step, bytes_seen=self.seen, model=self.model, optimizer=self.optimizer)
+        except StorageError as error:
+            raise StorageError(f"{error}. {self._last_good()}Go on from there: --resume {self.run.path}") from error
+        self._saved_step, self._saved_at = self.step, time.perf_counter()
+
+    def _last_good(self) -> str:
+        if self.run is None:
+            return ""
+        if self.run.snapshot is None:
+            return "There is no good snapshot before it. "
+        return f"The last good snapshot is {self.run.snapshot.path}. "
+
+
+def autocast(config: TrainConfig, model: Performer) -> AbstractContextManager[Any]:
+    """The run's precision."""
+    return torch.autocast(model.head.weight.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def validate(config: TrainConfig, model: Performer, task: Task) -> tuple[float, float]:
+    """Bits per byte, and the fraction of bytes that are the likeliest, over the task's validation sequences.
+
+    Each sequence starts from nothing, so its first bytes are harder than the rest.
+    """
+    total, right, count = 0.0, 0.0, 0
+    with seeded(config.seed, model.head.weight.device), autocast(config, model):
+        for batch in task.validation():
+            result = evaluate(model, batch.inputs, batch.targets, chunk=config.chunk, loss_fn=loss_and_accuracy)
+            total += float(result.loss) * result.num_targets
+            right += float(result.metrics["right"])
+            count += result.num_targets
+    return total / count / math.log(2), right / count
+
+
+def loss_and_accuracy(outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Summed cross-entropy in nats, and how many targets have the highest logit."""
+    right = (outputs.argmax(-1) == targets) & (targets != IGNORED)
+    return {"loss": cross_entropy_sum(outputs, targets), "right": right.sum()}

@@ -1,4 +1,4 @@
-"""How much memory a process holds, and how much one gradient takes: measured, in a child process of its own.
+"""Memory: how much a process holds, how much it may, and how much one gradient takes.
 
 A peak belongs to a process, and what the allocator was given it rarely gives back. So each gradient is measured in a
 fresh Python (`python -m slimgrad.train.one_gradient`), which reads its task from standard input and prints one line of
@@ -12,6 +12,9 @@ gradients, which both ways hold alike. What remains is what the pass itself take
 | Windows | not measured | |
 
 On Linux `ru_maxrss` would mislead: a child starts with the peak of the process that it was forked from.
+
+A limit (`limit_memory`) is the kernel's: RLIMIT_DATA, which since Linux 4.7 counts every private page that may be
+written to, used or not: heap, tensors, the stacks of threads. What would go beyond it is refused, and raises here.
 """
 
 from __future__ import annotations
@@ -22,15 +25,19 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 
+from slimgrad.errors import InputError, MemoryLimitError
 from slimgrad.models.performer import PerformerConfig
 
 Method = Literal["slimgrad", "plain"]
+_REFUSALS = ("can't allocate memory", "out of memory", "bad_alloc", "could not create a memory", "Cannot allocate")
 PROC = Path("/proc/self")
 
 
@@ -53,6 +60,43 @@ class Cost:
 def resident_bytes() -> int | None:
     """Memory that this process holds now (on Unix without /proc: its peak so far); None where nobody tells."""
     return proc_status("VmRSS") or max_resident_bytes()
+
+
+def peak_resident_bytes() -> int | None:
+    """The most memory that this process held; None where the platform does not tell."""
+    return proc_status("VmHWM") or max_resident_bytes()
+
+
+def limit_memory(num_bytes: int) -> None:
+    """Have the kernel refuse this process, and its children, more than that many bytes of data. There is no way back.
+
+    Raises:
+        InputError: the platform has no such limit, or the process holds more already.
+    """
+    held = proc_status("VmData")
+    if sys.platform != "linux" or held is None:
+        raise InputError("a memory limit: expected Linux, whose RLIMIT_DATA counts a process' data; not this platform")
+    if num_bytes <= held:
+        raise InputError(
+            f"a memory limit of {num_bytes / 1e6:,.0f} MB: expected more than the {held / 1e6:,.0f} MB that Python and "
+            "torch hold before any work. Raise the limit, or set OMP_NUM_THREADS=1, which holds less"
+        )
+    resource = cast(Any, importlib.import_module("resource"))
+    resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
+
+
+@contextmanager
+def out_of_memory(what: str, chunk: int) -> Generator[None]:
+    """Turn a refused allocation within the block into a `MemoryLimitError` that says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in _REFUSALS):
+            raise
+        raise MemoryLimitError(
+            f"{what}: memory ran out. A smaller --chunk (now {chunk:,}) needs less with --method chunked; the other "
+            "methods need memory for the whole sequence"
+        ) from error
 
 
 def measure_gradient(

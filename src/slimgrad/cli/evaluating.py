@@ -1,0 +1,88 @@
+"""`slimgrad eval`: bits per byte of a file as one sequence, as it streams by."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from slimgrad.cli.words import megabytes
+from slimgrad.data import load_corpus
+from slimgrad.errors import InputError
+from slimgrad.train import CHUNKS_IN_A_PIECE, Evaluated, evaluate_stream, open_model, pick_device, read_pieces
+from slimgrad.train.memory import peak_resident_bytes
+
+STDIN = "-"
+
+
+def run_evaluation(run: Path, source: str, *, chunk: int, device: str) -> None:
+    """Print bits per byte; progress goes to standard error where that is a terminal, and then makes room."""
+    if chunk < 1:
+        raise InputError(f"--chunk {chunk}: expected at least 1")
+    model, _ = open_model(run)
+    model.to(pick_device(device))
+    sequences, total = _sequences(source, chunk * CHUNKS_IN_A_PIECE)
+    began = time.perf_counter()
+    found = Evaluated()
+    columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeRemainingColumn(), TextColumn("left"))
+    console = Console(stderr=True, highlight=False)
+    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with _naming(source), shown as progress:
+        task = progress.add_task("starting", total=total)
+
+        def report(so_far: Evaluated) -> None:
+            both = found + so_far
+            if both.predicted:
+                speed = both.num_bytes / (time.perf_counter() - began)
+                words = f"{both.bits_per_byte:.4f} bits/byte  {speed:,.0f} bytes/s"
+                progress.update(task, completed=both.num_bytes, description=words)
+
+        count = 0
+        for pieces in sequences:
+            found, count = found + evaluate_stream(model, pieces, chunk=chunk, report=report), count + 1
+    seconds = time.perf_counter() - began
+    as_what = "as one sequence" if count == 1 else f"in {count} sequences, each from nothing"
+    print(f"{found.bits_per_byte:.4f} bits per byte: {source}, {found.num_bytes:,} bytes {as_what}")
+    print(
+        f"{found.predicted:,} bytes predicted in {seconds:,.0f} s ({found.num_bytes / seconds:,.0f} bytes/s), "
+        f"at most {megabytes(peak_resident_bytes())} resident"
+    )
+
+
+def _sequences(source: str, piece_bytes: int) -> tuple[Iterator[Iterable[Tensor]], int | None]:
+    """One stream for a file or standard input, one for each document of a folder; and the bytes in all."""
+    path = Path(source)
+    if source == STDIN:
+        return iter([read_pieces(sys.stdin.buffer, piece_bytes)]), None
+    if not path.is_dir():
+        if not path.is_file():
+            raise InputError(f"{path}: expected a file, found nothing of that name. Check the path")
+        return _one_file(path, piece_bytes), path.stat().st_size
+    text = load_corpus(path).text
+    documents = [document for document in text.documents if len(document) > 1]
+    if not documents:
+        raise InputError(f"{path}: expected a file of at least two bytes below it, one to read and one to predict")
+    return (document.split(piece_bytes) for document in documents), sum(map(len, documents))
+
+
+def _one_file(path: Path, piece_bytes: int) -> Iterator[Iterable[Tensor]]:
+    with path.open("rb", buffering=0) as file:
+        yield read_pieces(cast(BinaryIO, file), piece_bytes)
+
+
+@contextmanager
+def _naming(source: str) -> Generator[None]:
+    """Have every error say which text it is about: what the system refuses to read, and one that is too short."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{source}: expected a readable file, got: {error.strerror}. Check its rights") from error
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error

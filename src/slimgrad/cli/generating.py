@@ -1,0 +1,56 @@
+"""`slimgrad generate`: text from a trained model, written as it is drawn."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from slimgrad.cli.words import printable
+from slimgrad.errors import InputError
+from slimgrad.train import open_model, pick_device, stream
+
+
+def run_generation(
+    run: Path,
+    *,
+    prompt: str,
+    prompt_file: Path | None,
+    tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    device: str,
+) -> None:
+    """Write the prompt and what follows it: bytes as they are into a file or pipe, printable text on a terminal."""
+    start = _read(prompt_file) if prompt_file is not None else prompt.encode(errors="surrogateescape")
+    model, _ = open_model(run)
+    model.to(pick_device(device))
+    drawn = stream(model, start, tokens, temperature=temperature, top_p=top_p, seed=seed)
+    if sys.stdout.isatty():
+        for text in decoded(drawn, start):
+            sys.stdout.write(printable(text))
+            sys.stdout.flush()
+        print()
+        return
+    sys.stdout.buffer.write(start)
+    for byte in drawn:
+        sys.stdout.buffer.write(bytes([byte]))
+        sys.stdout.buffer.flush()
+
+
+def decoded(drawn: Iterator[int], start: bytes) -> Iterator[str]:
+    """UTF-8 as soon as a character is whole; what is none becomes a replacement mark."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    yield decoder.decode(start)
+    for byte in drawn:
+        yield decoder.decode(bytes([byte]))
+    yield decoder.decode(b"", final=True)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"--prompt-file {path}: expected a readable file, got: {error.strerror}") from error

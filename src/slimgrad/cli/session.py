@@ -1,0 +1,286 @@
+"""A run under way on the terminal: say what will run and why, show progress, show what came of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import math
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import slimgrad
+from slimgrad.cli.curve import picture, sketch, smooth
+from slimgrad.cli.words import megabytes, printable
+from slimgrad.data import Corpus
+from slimgrad.errors import InputError
+from slimgrad.train import (
+    Cost,
+    Interrupted,
+    Row,
+    RunFolder,
+    Stop,
+    Task,
+    TrainConfig,
+    Trained,
+    build_model,
+    generate,
+    measure_gradient,
+    open_model,
+    pick_device,
+    plan_schedule,
+    train,
+    validate,
+)
+from slimgrad.train.memory import peak_resident_bytes
+
+SAMPLE_BYTES = 600
+PROMPT_BYTES = 64
+SEARCHED_BYTES = 32_768
+TEMPERATURE = 0.7
+MEASURED_BYTES = 16_384
+
+
+def describe(config: TrainConfig, corpus: Corpus | None, origin: str) -> dict[str, str]:
+    """The resolved run in words, with the reason for each choice."""
+    model, shape = build_model(config), config.model
+    parameters = sum(p.numel() for p in model.parameters())
+    if config.method == "chunked":
+        chunks = math.ceil(config.length / config.chunk)
+        memory = f"{config.chunk:,} bytes: only one chunk's graph lives at a time, of {chunks} in a sequence"
+        reason = plan_schedule(config, model)[1]
+    else:
+        memory, reason = "none", f"{config.method}: memory grows with the length of the sequence"
+    return {
+        "corpus": _describe_corpus(config, corpus),
+        "model": f"{origin}: {shape.layers} layers, width {shape.width}, {shape.heads} heads, "
+        f"{parameters / 1e6:.2f} million parameters",
+        "sequences": f"{config.steps:,} steps, {_describe_sequences(config)}",
+        "chunk": memory,
+        "schedule": reason,
+        "optimiser": f"AdamW, learning rate {config.learning_rate:g} {_describe_rate(config)}, {config.precision} "
+        f"on {pick_device(config.device).type}",
+        "software": f"slimgrad {slimgrad.__version__}, torch {torch.__version__}, {_threads()}, seed {config.seed}",
+    }
+
+
+def _describe_corpus(config: TrainConfig, corpus: Corpus | None) -> str:
+    if corpus is None:
+        return f"copying: sequences of {config.length:,} symbols, made as they are needed"
+    where = "from its own validation part" if corpus.validation else "the last ones"
+    return (
+        f"{corpus.name}: {len(corpus.text):,} bytes from {corpus.source}; {config.validation_bytes:,} for validation, "
+        f"{where}"
+    )
+
+
+def _describe_sequences(config: TrainConfig) -> str:
+    each = config.batch * config.accumulate
+    together = "" if each == 1 else f"{each} sequences a step ({config.batch} at once), "
+    if config.windows == "documents":
+        return f"{together}whole documents of up to {config.length:,} bytes"
+    lengths = config.step_lengths()
+    growth = f"each of {config.length:,} bytes: "
+    if lengths[0] != config.length:
+        growth = f"the first of {lengths[0]:,} bytes, doubling up to {config.length:,}: "
+    return f"{together}{growth}{sum(lengths) * each / 1e6:.1f} MB in all"
+
+
+def _describe_rate(config: TrainConfig) -> str:
+    then = {"cosine": "then a cosine", "constant": "then constant", "drop": "a tenth of it after two thirds"}
+    return f"after {config.warmup:.0%} warm-up, {then[config.decay]}"
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+class Session:
+    """One process' work on a run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        corpus: Corpus | None,
+        task: Task,
+        folder: RunFolder,
+        *,
+        tensorboard: bool = False,
+        finetuning: bool = False,
+    ) -> None:
+        self.config, self.corpus, self.task, self.folder = config, corpus, task, folder
+        self.name = "copying" if corpus is None else corpus.name
+        self.console = Console(highlight=False)
+        self._finetuning = finetuning
+        self._to_tensorboard = tensorboard_report(folder) if tensorboard else None
+
+    def run(self, settings: dict[str, str]) -> None:
+        """Train; then leave the curve, a sample, and what a gradient costs in the folder, and show them."""
+        began = time.perf_counter()
+        console = self.console
+        _print_settings(console, {**settings, "results": str(self.folder.path)})
+        if self._finetuning:
+            self._show_before()
+        trained = self._train()
+        self._show_curve(trained)
+        if self.corpus is not None:
+            self._show_sample(trained)
+        if self._finetuning:
+            console.print(f"\nat most [bold]{megabytes(peak_resident_bytes())}[/] resident in this process")
+        elif self.config.method == "chunked":
+            self._show_memory()
+        where = escape(str(self.folder.path))
+        console.print(f"\n{time.perf_counter() - began:.0f} s in all; everything is in [bold]{where}[/]")
+
+    def _show_before(self) -> None:
+        model, _ = open_model(self.folder.path)
+        bits, _ = validate(self.config, model, self.task)
+        self.console.print(f"before the first step  validation [bold]{bits:.3f}[/] bits/byte")
+
+    def _train(self) -> Trained:
+        stop, console = Stop(), self.console
+        columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeRemainingColumn(), TextColumn("left"))
+        with ExitStack() as stack:
+            stack.enter_context(stop.listening())
+            progress = stack.enter_context(Progress(*columns, console=console))
+            if self._to_tensorboard is not None:
+                stack.callback(self._to_tensorboard.close)
+            ends = list(itertools.accumulate(self.config.step_lengths()))
+            bar = progress.add_task("starting", total=ends[-1])
+            recent: list[Row] = []
+
+            def report(row: Row) -> None:
+                recent[:] = [*recent[-19:], row]
+                bits = sum(r.bits for r in recent) / len(recent)
+                speed = sum(r.num_bytes for r in recent) / sum(r.num_bytes / r.bytes_per_second for r in recent)
+                words = f"{bits:.2f} bits/byte  {speed:,.0f} bytes/s  {megabytes(row.resident_bytes)}"
+                progress.update(bar, completed=ends[row.step - 1], description=words)
+                if row.validation_bits is not None:
+                    progress.console.print(
+                        f"step {row.step:>6,}  training {bits:.3f}  validation [bold]{row.validation_bits:.3f}[/] "
+                        f"bits/byte, {row.validation_accuracy:.1%} right"
+                    )
+                if self._to_tensorboard is not None:
+                    self._to_tensorboard(row)
+
+            try:
+                trained = train(self.config, self.corpus, report, run=self.folder, stop=stop)
+                stop.check()
+            except Interrupted as interrupted:
+                saved = self.folder.snapshot
+                if saved is not None:
+                    path = self.folder.path
+                    interrupted.add_note(f"saved after step {saved.step:,}. Go on: slimgrad train --resume {path}")
+                raise
+        return trained
+
+    def _show_curve(self, trained: Trained) -> None:
+        self.folder.write("curve.png", picture(trained.rows, f"{self.name}: loss while training"))
+        bits = smooth([row.bits for row in trained.rows], max(1, len(trained.rows) // 40))
+        self.console.print("\n[bold]Training loss[/], bits per byte over the steps")
+        for line in sketch(bits, unicode=(self.console.encoding or "").startswith("utf")):
+            self.console.print(f"  {line}", markup=False)
+        self.console.print(f"  validation after the last step: [bold]{trained.validation_bits:.3f}[/] bits per byte")
+
+    def _show_sample(self, trained: Trained) -> None:
+        batches = (batch.inputs for batch in self.task.validation())
+        first = next(batches)
+        assert isinstance(first, torch.Tensor)
+        prompt = choose_prompt(bytes(first[0, :SEARCHED_BYTES].tolist()))
+        text = generate(trained.model, prompt, SAMPLE_BYTES, temperature=TEMPERATURE, seed=self.config.seed)
+        self.folder.write("sample.txt", prompt + text)
+        self.console.print(
+            f"\n[bold]Sample[/], going on from [cyan]a prompt[/] of the validation text, temperature {TEMPERATURE}"
+        )
+        shown = f"[cyan]{escape(_text(prompt))}[/]{escape(_text(text))}"
+        self.console.print(Padding(shown, (0, 0, 0, 2), expand=False))
+
+    def _show_memory(self) -> None:
+        """One gradient each way, in a process of its own, over no more than plain backpropagation has memory for."""
+        config, console = self.config, self.console
+        length = min(config.length, MEASURED_BYTES)
+        console.print(f"\n[bold]One gradient[/] over {length:,} bytes, each way in a process of its own")
+        ours = measure_gradient(config.model, length=length, chunk=config.chunk, method="slimgrad")
+        plain = measure_gradient(config.model, length=length, chunk=config.chunk, method="plain")
+        table = Table.grid(padding=(0, 3))
+        for name, cost in ((f"slimgrad, chunks of {config.chunk:,}", ours), ("plain backpropagation", plain)):
+            table.add_row(f"  {name}", f"[bold]{megabytes(cost.peak_bytes)}[/]", _seconds(cost))
+        console.print(table)
+        if ours.peak_bytes and plain.peak_bytes:
+            console.print(f"  the same gradient in [bold]1/{plain.peak_bytes / ours.peak_bytes:.1f}[/] of the memory")
+        costs = {"length": length, "slimgrad": vars(ours), "plain": vars(plain)}
+        self.folder.write("memory.json", (json.dumps(costs, indent=2) + "\n").encode())
+
+
+def _print_settings(console: Console, settings: dict[str, str]) -> None:
+    table = Table.grid(padding=(0, 2))
+    for name, words in settings.items():
+        table.add_row(f"[bold]{name}[/]", escape(words))
+    console.print(table)
+    console.print()
+
+
+def choose_prompt(text: bytes) -> bytes:
+    """`PROMPT_BYTES` bytes from the start of a line (or of the text): those with the most letters, which are prose."""
+    starts = [0, *(i + 1 for i, byte in enumerate(text) if byte == ord("\n"))]
+    pieces = [text[start : start + PROMPT_BYTES] for start in starts if start < len(text)]
+    return max(pieces, key=lambda piece: sum(chr(byte).isalpha() for byte in piece if byte < 128))
+
+
+def require_tensorboard() -> None:
+    """Raise `InputError` where the extra is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise InputError(
+            "--tensorboard: expected the package tensorboard, which is not installed. Run: pip install "
+            "'slimgrad[tensorboard]'"
+        )
+
+
+class TensorBoard:
+    """Rows as TensorBoard scalars, in the run's folder `tensorboard`."""
+
+    def __init__(self, path: Path, after_step: int) -> None:
+        require_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(path), purge_step=after_step + 1)
+
+    def __call__(self, row: Row) -> None:
+        scalars = {
+            "training/bits_per_byte": row.bits,
+            "training/learning_rate": row.learning_rate,
+            "training/gradient_norm": row.gradient_norm,
+            "training/bytes_per_second": row.bytes_per_second,
+            "validation/bits_per_byte": row.validation_bits,
+            "validation/accuracy": row.validation_accuracy,
+        }
+        for name, value in scalars.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, row.step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+def tensorboard_report(folder: RunFolder) -> TensorBoard:
+    """Into the folder's `tensorboard`; what a resumed run does again replaces what was there."""
+    return TensorBoard(folder.path / "tensorboard", folder.snapshot.step if folder.snapshot else 0)
+
+
+def _seconds(cost: Cost) -> str:
+    return cost.note or f"{cost.seconds:.1f} s"
+
+
+def _text(content: bytes) -> str:
+    return printable(content.decode("utf-8", errors="replace"))

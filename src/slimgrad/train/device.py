@@ -1,0 +1,24 @@
+"""Where a model computes."""
+
+from __future__ import annotations
+
+import torch
+
+from slimgrad.errors import InputError
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the GPU where there is one that torch can use, else the CPU.
+
+    Raises:
+        InputError: no such name, or no such device here.
+    """
+    if name not in DEVICES:
+        raise InputError(f"device {name!r}: expected one of {', '.join(DEVICES)}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "device 'cuda': expected a GPU that torch can use, found none. Use cpu, or a CUDA build of torch"
+        )
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

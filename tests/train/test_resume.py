@@ -1,0 +1,233 @@
+"""A run that was stopped and goes on ends as an undisturbed one does, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slimgrad import InputError, NonFiniteError, StorageError
+from slimgrad.data import Corpus
+from slimgrad.train import (
+    Interrupted,
+    Row,
+    RunFolder,
+    Stop,
+    TrainConfig,
+    build_model,
+    generate,
+    loop,
+    open_model,
+    train,
+)
+from slimgrad.train.folder import read_rows
+from tests.train.settings import TINY_MODEL, corpus, documents, timeless, tiny
+from tests.train.test_snapshot import FILES
+
+FAVOR = dataclasses.replace(TINY_MODEL, feature_map="favor", features=8, normalize=True, norm="pre")
+RUNS: dict[str, tuple[TrainConfig, Corpus | None]] = {
+    "shuffled": (tiny(steps=8), corpus()),
+    "growing": (tiny(steps=12, first_length=24), corpus()),
+    "consecutive": (tiny(steps=8, windows="consecutive", batch=2), corpus()),
+    "random, accumulated": (tiny(steps=6, windows="random", accumulate=3), corpus()),
+    "documents": (tiny(steps=8, windows="documents", batch=2, length=300), documents(50, 61, 300, 7, 250, 400)),
+    "copying": (tiny(steps=8, task="copying", length=32, batch=2), None),
+    "random features": (tiny(steps=8, model=FAVOR), corpus()),
+    "bf16": (tiny(steps=6, precision="bf16"), corpus()),
+}
+
+
+class StoppedError(Exception):
+    """Raised from a report, as a crash would be."""
+
+
+def whole(path: Path, config: TrainConfig, text: Corpus | None) -> list[Row]:
+    with RunFolder.create(path, "fox", {"config": config.to_dict()}) as folder:
+        return train(config, text, run=folder).rows
+
+
+def crashing(path: Path, config: TrainConfig, text: Corpus | None, after: int) -> None:
+    """Run until the report of a step fails."""
+
+    def report(row: Row) -> None:
+        if row.step == after:
+            raise StoppedError
+
+    with pytest.raises(StoppedError), RunFolder.create(path, "fox", {"config": config.to_dict()}) as folder:
+        train(config, text, report, run=folder)
+
+
+def going_on(path: Path, text: Corpus | None, **changes: Any) -> list[Row]:
+    with RunFolder.reopen(path) as folder:
+        return train(folder.config.replace(**changes), text, run=folder).rows
+
+
+def last_snapshot(path: Path) -> list[bytes]:
+    latest = sorted((path / "snapshots").glob("step-*"))[-1]
+    return [(latest / name).read_bytes() for name in FILES]
+
+
+@pytest.mark.parametrize("save_every", [1, 3])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_crashed_ends_as_if_it_had_not(tmp_path: Path, name: str, save_every: int) -> None:
+    config, text = RUNS[name]
+    config = config.replace(save_every=save_every, eval_every=2)
+    expected = whole(tmp_path / "whole", config, text)
+    crashing(tmp_path / "crashed", config, text, after=5)
+    found = going_on(tmp_path / "crashed", text)
+    assert timeless(found) == timeless(expected) == timeless(read_rows(tmp_path / "crashed"))
+    assert last_snapshot(tmp_path / "crashed") == last_snapshot(tmp_path / "whole")
+
+
+def test_a_run_that_never_saved_begins_again(tmp_path: Path) -> None:
+    config = tiny(steps=4)
+    expected = whole(tmp_path / "whole", config, corpus())
+    with RunFolder.create(tmp_path / "killed", "fox", {"config": config.to_dict()}) as folder:
+        folder.add(expected[0])
+    assert timeless(going_on(tmp_path / "killed", corpus())) == timeless(expected)
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
+    expected = whole(tmp_path / "run", tiny(steps=4), corpus())
+    before = last_snapshot(tmp_path / "run")
+    assert timeless(going_on(tmp_path / "run", corpus())) == timeless(expected)
+    assert last_snapshot(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(("before", "after"), [("plain", "chunked"), ("chunked", "plain"), ("plain", "checkpoint")])
+def test_a_run_may_change_how_its_gradients_are_computed(tmp_path: Path, before: str, after: str) -> None:
+    config = tiny(steps=12, method=before, save_every=1)
+    expected = whole(tmp_path / "whole", config, corpus())
+    crashing(tmp_path / "changed", config, corpus(), after=6)
+    found = going_on(tmp_path / "changed", corpus(), method=after)
+    assert [row.bits for row in found[:6]] == [row.bits for row in expected[:6]]
+    for a, b in zip(found, expected, strict=True):
+        assert a.bits == pytest.approx(b.bits, abs=1e-5)  # measured: 6.9e-7
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_gradient_saves_the_step_before(
+    tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(steps=6, save_every=100)
+    expected = whole(tmp_path / "whole", config, corpus())
+    gradient, calls = loop.add_gradient, 0
+
+    def interrupted(*arguments: Any, **options: Any) -> float:
+        nonlocal calls
+        calls += 1
+        loss = gradient(*arguments, **options)
+        if calls == 4:
+            os.kill(os.getpid(), number)
+        return loss
+
+    monkeypatch.setattr(loop, "add_gradient", interrupted)
+    stop = Stop()
+    before = signal.getsignal(number)
+    with RunFolder.create(tmp_path / "run", "fox", {"config": config.to_dict()}) as folder:
+        with pytest.raises(Interrupted, match=number.name) as raised, stop.listening():
+            train(config, corpus(), run=folder, stop=stop)
+        assert folder.snapshot is not None
+        assert folder.snapshot.step == 3
+    assert raised.value.signal_number == number
+    assert signal.getsignal(number) is before
+    monkeypatch.undo()
+    assert timeless(going_on(tmp_path / "run", corpus())) == timeless(expected)
+    assert last_snapshot(tmp_path / "run") == last_snapshot(tmp_path / "whole")
+
+
+def test_a_signal_in_a_validation_waits_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(steps=6, eval_every=2, save_every=100)
+    expected = whole(tmp_path / "whole", config, corpus())
+    validate = loop.validate
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return validate(*arguments)
+
+    monkeypatch.setattr(loop, "validate", interrupted)
+    stop = Stop()
+    with RunFolder.create(tmp_path / "run", "fox", {"config": config.to_dict()}) as folder:
+        with pytest.raises(Interrupted), stop.listening():
+            train(config, corpus(), run=folder, stop=stop)
+        assert folder.snapshot is not None
+        assert folder.snapshot.step == 2
+    assert timeless(read_rows(tmp_path / "run")) == timeless(expected[:2])
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    stop = Stop()
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("method", ["chunked", "plain"])
+@pytest.mark.parametrize("eval_every", [1, 100])
+def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_last_good_snapshot(
+    tmp_path: Path, method: str, eval_every: int
+) -> None:
+    config = tiny(learning_rate=1e30, save_every=1, method=method, eval_every=eval_every)
+    message = r"^step \d: .*\. The last good snapshot is .*step-0000000\d\. Lower the learning rate$"
+    with (
+        pytest.raises(NonFiniteError, match=message),
+        RunFolder.create(tmp_path / "run", "fox", {"config": config.to_dict()}) as folder,
+    ):
+        train(config, corpus(), run=folder)
+    model, _ = open_model(tmp_path / "run")
+    assert len(generate(model, b"a", 5, temperature=1.0)) == 5
+
+
+def test_a_model_that_is_no_number_from_the_start_has_no_good_snapshot(tmp_path: Path) -> None:
+    model = build_model(tiny())
+    torch.nn.init.constant_(model.head.weight, 3e38)
+    with (
+        pytest.raises(NonFiniteError, match=r"^step 1: .*There is no good snapshot before it\. Lower"),
+        RunFolder.create(tmp_path / "run", "fox", {"config": tiny().to_dict()}, model) as folder,
+    ):
+        train(tiny(), corpus(), run=folder)
+    assert [path.name for path in (tmp_path / "run" / "snapshots").iterdir()] == ["diverged-step-00000000"]
+
+
+def test_a_full_disk_names_the_last_good_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from slimgrad.train import snapshot
+
+    config = tiny(steps=6, save_every=1)
+    push, calls = snapshot.push_to_disk, 0
+
+    def full(path: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 12:
+            raise OSError(28, "No space left on device")
+        push(path)
+
+    monkeypatch.setattr(snapshot, "push_to_disk", full)
+    message = r"step-00000002: .*No space left.*The last good snapshot is .*step-00000001\. Go on from there: --resume"
+    with (
+        pytest.raises(StorageError, match=message),
+        RunFolder.create(tmp_path / "run", "fox", {"config": config.to_dict()}) as folder,
+    ):
+        train(config, corpus(), run=folder)
+    monkeypatch.undo()
+    assert going_on(tmp_path / "run", corpus())[-1].step == 6
+
+
+def test_the_weights_to_begin_with_are_used(tmp_path: Path) -> None:
+    whole(tmp_path / "run", tiny(steps=20), corpus())
+    model, _ = open_model(tmp_path / "run")
+    begun = train(tiny(steps=1), corpus(), weights=model.state_dict()).rows[0].bits
+    assert begun < train(tiny(steps=1), corpus()).rows[0].bits - 1
+
+
+def test_a_snapshot_of_another_shape_is_refused(tmp_path: Path) -> None:
+    whole(tmp_path / "run", tiny(steps=2), corpus())
+    other = dataclasses.replace(TINY_MODEL, width=32)
+    with RunFolder.reopen(tmp_path / "run") as folder, pytest.raises(InputError, match="width 16 instead of 32"):
+        train(tiny(model=other), corpus(), run=folder)
