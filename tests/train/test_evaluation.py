@@ -31,6 +31,7 @@ def whole() -> float:
 WHOLE_BITS = whole()
 
 
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(sizes=st.lists(st.integers(1, 200), min_size=1, max_size=12), chunk=st.integers(1, 64))
 def test_the_sizes_of_the_pieces_do_not_move_the_result(sizes: list[int], chunk: int) -> None:
     sizes = [*sizes, 500]
