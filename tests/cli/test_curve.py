@@ -6,7 +6,6 @@ import pytest
 
 from slimgrad.cli.curve import sketch, smooth
 from slimgrad.cli.session import choose_prompt
-from slimgrad.cli.words import megabytes, printable
 
 
 def test_smooth_is_a_trailing_mean() -> None:
@@ -26,12 +25,6 @@ def test_sketch_fits_its_size(values: list[float], unicode: bool) -> None:
     assert len(lines) == 5
     assert all(len(line) <= 27 for line in lines)
     assert unicode or all(line.isascii() for line in lines)
-
-
-def test_text_as_a_terminal_can_show_it() -> None:
-    assert printable("a\r\nb\x1b[31m\té") == "a\nb\N{REPLACEMENT CHARACTER}[31m\té"
-    assert megabytes(None) == "not measured"
-    assert megabytes(1_234_500_000) == "1,234 MB"
 
 
 def test_the_prompt_is_the_line_with_the_most_letters() -> None:
