@@ -13,7 +13,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import slimgrad as sg
 from slimgrad.losses import cross_entropy_sum
 from slimgrad.models import Performer, PerformerConfig, get_preset
+from slimgrad.train.gradient import layers_computed_twice
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = "small"
@@ -65,18 +65,9 @@ class Case:
         if self.method in SCHEDULES:
             sg.backward(model, tokens, targets, chunk=self.chunk, schedule=SCHEDULES[self.method]())
             return
-        if self.method == "checkpoint":
-            checkpoint_layers(model)
-        outputs, _ = model(tokens, model.initial_state(1))
-        (cross_entropy_sum(outputs, targets) / targets.numel()).backward()
-
-
-def checkpoint_layers(model: Performer) -> None:
-    """The usual remedy: keep each layer's input, recompute the layer in the backward pass."""
-    for layer in model.layers:
-        if "forward" not in vars(layer):
-            inner = layer.forward
-            layer.forward = lambda *args, inner=inner: checkpoint(inner, *args, use_reentrant=False)
+        with layers_computed_twice(model) if self.method == "checkpoint" else nullcontext():
+            outputs, _ = model(tokens, model.initial_state(1))
+            (cross_entropy_sum(outputs, targets) / targets.numel()).backward()
 
 
 class LiveBytes(TorchDispatchMode):

@@ -43,10 +43,8 @@ def add_gradient(
         normalizer: what the summed loss is divided by: the targets of the whole step, for their mean.
     """
     if method == "chunked":
-        result = backward(
-            model, batch.inputs, batch.targets, chunk=chunk, schedule=schedule, normalizer=normalizer
-        )  # fmt: skip
-        return float(result.loss)
+        how: dict[str, Any] = {"chunk": chunk, "schedule": schedule, "normalizer": normalizer}
+        return float(backward(model, batch.inputs, batch.targets, **how).loss)
     sequences = batch.inputs if isinstance(batch.inputs, list) else [batch.inputs]
     targets = batch.targets if isinstance(batch.targets, list) else [batch.targets] * len(sequences)
     with layers_computed_twice(model) if method == "checkpoint" else nullcontext():
