@@ -149,6 +149,19 @@ def test_a_run_goes_on_from_another_working_directory(
     succeed("train", "--resume", "run")
 
 
+def test_a_finished_run_whose_metrics_were_removed_ends_well_again(mine: Path) -> None:
+    (mine / "metrics.jsonl").write_bytes(b"")
+    succeed("train", "--resume", mine)
+    assert "Sample" in succeed("train", "--resume", mine).stdout
+
+
+def test_metrics_that_are_spoilt_are_refused_and_left_as_they_are(mine: Path) -> None:
+    (mine / "metrics.jsonl").write_bytes(b"{\n")
+    message = refuse(2, "train", "--resume", mine)
+    assert "metrics.jsonl, line 1: expected the row of a step, it cannot be read. Mend it, or remove" in message
+    assert (mine / "metrics.jsonl").read_bytes() == b"{\n"
+
+
 def test_a_run_that_another_process_works_on_is_refused(mine: Path) -> None:
     from slimgrad.train import RunFolder
 

@@ -11,7 +11,21 @@ import pytest
 from slimgrad.cli.curve import picture
 from slimgrad.cli.session import SAMPLE_BYTES
 from slimgrad.train import Cost, open_model
-from tests.cli.running import FOX, LENGTH, SHAPE, SIZE, TINY, config, measured, refuse, rows, run, snapshots, succeed
+from tests.cli.running import (
+    FOX,
+    LENGTH,
+    SHAPE,
+    SIZE,
+    TINY,
+    config,
+    everything,
+    measured,
+    refuse,
+    rows,
+    run,
+    snapshots,
+    succeed,
+)
 
 
 def test_training_leaves_everything_in_a_new_folder(fox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +102,15 @@ def test_a_schedule_may_keep_its_states_in_a_folder_that_it_leaves_empty(fox: Pa
     store.mkdir()
     succeed("train", fox, *TINY, "--schedule", f"keep@{store}", "--out", tmp_path / "run")
     assert list(store.iterdir()) == []
+
+
+def test_a_schedule_whose_folder_is_not_there_is_refused_before_a_run(fox: Path, mine: Path, tmp_path: Path) -> None:
+    absent, before = tmp_path / "absent", everything(mine)
+    for command in (["train", fox, *TINY, "--out", tmp_path / "run"], ["train", "--resume", mine]):
+        message = refuse(2, *command, "--schedule", f"keep@{absent}")
+        assert f"expected a folder to write to, found none at {absent}. Make it first" in message
+    assert not (tmp_path / "run").exists()
+    assert everything(mine) == before
 
 
 def test_options_reach_the_run(fox: Path, tmp_path: Path) -> None:

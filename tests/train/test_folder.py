@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -12,8 +16,8 @@ import torch
 from slimgrad import InputError
 from slimgrad.train import RunFolder, Trained, open_model, read_snapshot, train
 from slimgrad.train.folder import read_rows
-from tests.train.settings import corpus, tiny
-from tests.train.test_snapshot import flip
+from slimgrad.train.snapshot import save_tensors
+from tests.train.settings import corpus, flip, tiny
 
 
 def run(path: Path, steps: int = 6) -> Trained:
@@ -93,6 +97,26 @@ def test_reopening_forgets_what_came_after_the_snapshot(mine: Path) -> None:
     assert {path.name for path in (mine / "snapshots").iterdir()} == {"step-00000004", "step-00000006"}
 
 
+@pytest.mark.parametrize("end", [b"\0\0\0\0", b'\0\0, "bits": 2.0}\n', b'{"step": 7}\n{"ste\n', b"\xff\n", b"7\n"])
+def test_metrics_that_a_power_cut_spoilt_after_the_snapshot_are_dropped(mine: Path, end: bytes) -> None:
+    metrics = mine / "metrics.jsonl"
+    before = metrics.read_bytes()
+    metrics.write_bytes(before + end)
+    with RunFolder.reopen(mine) as folder:
+        assert [row.step for row in folder.rows()] == [1, 2, 3, 4, 5, 6]
+    assert metrics.read_bytes() == before
+
+
+def test_metrics_that_are_spoilt_before_the_snapshot_are_named(mine: Path) -> None:
+    metrics = mine / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    spoilt = b"".join([*lines[:2], b"{\n", *lines[3:]])
+    metrics.write_bytes(spoilt)
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 3: expected the row of a step, it cannot be read\."):
+        RunFolder.reopen(mine)
+    assert metrics.read_bytes() == spoilt
+
+
 def test_an_unfinished_last_line_is_no_row(mine: Path) -> None:
     with (mine / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7')
@@ -147,6 +171,53 @@ def test_a_model_opens_from_a_run_a_snapshot_or_its_file_alone(finished: Path, t
         assert (config is None) == (path.suffix == ".safetensors")
     earlier, _ = open_model(finished / "snapshots" / "step-00000004")
     assert any(not torch.equal(value, expected[name]) for name, value in earlier.state_dict().items())
+
+
+def test_what_slimgrad_did_not_write_is_no_model(tmp_path: Path) -> None:
+    text, foreign, shaped = (tmp_path / name for name in ("notes.txt", "foreign.safetensors", "shaped.safetensors"))
+    text.write_text("hello")
+    save_tensors(foreign, {"weight": torch.zeros(2)})
+    save_tensors(shaped, {"weight": torch.zeros(2)}, {"slimgrad_model": json.dumps(asdict(tiny().model))})
+    expected = {
+        text: "expected a safetensors file, got",
+        foreign: "expected a model that slimgrad wrote, with its shape in the metadata",
+        shaped: r"expected the tensors .*, found others or other shapes: \['weight'\]",
+    }
+    for path, message in expected.items():
+        with pytest.raises(InputError, match=f"{path}: {message}"):
+            open_model(path)
+
+
+def test_a_damaged_snapshot_is_no_model(mine: Path) -> None:
+    flip(mine / "snapshots" / "step-00000006" / "optimizer.safetensors")
+    for path in (mine, mine / "snapshots" / "step-00000006"):
+        with pytest.raises(InputError, match=r"step-00000006 is damaged: optimizer\.safetensors"):
+            open_model(path)
+
+
+def test_a_snapshot_that_was_moved_away_is_still_a_model(mine: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere" / "step-00000006"
+    moved.parent.mkdir()
+    (mine / "snapshots" / "step-00000006").rename(moved)
+    model, config = open_model(moved)
+    assert config is None
+    assert model.config == tiny().model
+
+
+def test_what_another_process_works_on_is_refused_until_it_dies(mine: Path) -> None:
+    program = (
+        "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(1, flush=True); "
+        "sys.stdin.read()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program, mine / ".lock"], stdin=PIPE, stdout=PIPE)
+    with other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"1\n"
+        with pytest.raises(InputError, match="another process works on this run"):
+            RunFolder.reopen(mine)
+        other.kill()
+    with RunFolder.reopen(mine) as folder:
+        assert folder.snapshot is not None
 
 
 def test_a_run_without_a_snapshot_has_no_model(mine: Path, tmp_path: Path) -> None:

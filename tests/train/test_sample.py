@@ -35,7 +35,7 @@ def test_the_state_keeps_its_size() -> None:
 
 
 def test_a_trained_model_goes_on_as_its_text_does() -> None:
-    text = generate(train(tiny(steps=60), corpus()).model, b"the quick brown fox ", 24)
+    text = generate(train(tiny(steps=45), corpus()).model, b"the quick brown fox ", 24)
     assert text == b"jumps over the lazy dog."
 
 
@@ -67,7 +67,7 @@ def test_bad_arguments_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("top_p", "kept"), [(0.4, {0}), (0.5, {0}), (0.51, {0, 1}), (0.81, {0, 1, 2}), (1.0, {0, 1, 2, 3})]
+    ("top_p", "kept"), [(0.1, {0}), (0.49, {0}), (0.51, {0, 1}), (0.79, {0, 1}), (0.81, {0, 1, 2}), (1.0, {0, 1, 2, 3})]
 )
 def test_top_p_keeps_the_fewest_likeliest_bytes_that_have_the_probability(top_p: float, kept: set[int]) -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()

@@ -27,9 +27,15 @@ def test_every_schedule_can_be_written(text: str, schedule: sg.Schedule | None) 
     assert parse_schedule(text) == schedule
 
 
-@pytest.mark.parametrize("text", ["", "often", "every", "every:", "every:x", "every:-1", "rebuild:3", "auto@disk"])
+@pytest.mark.parametrize("text", ["", "often", "every", "every:", "every:x", "every:-1", "rebuild:3", "rebuild:"])
 def test_what_is_no_schedule_is_refused(text: str) -> None:
     with pytest.raises(sg.InputError, match="expected one of auto, rebuild, keep, every:K, binomial:SLOTS"):
+        parse_schedule(text)
+
+
+@pytest.mark.parametrize("text", ["auto@disk", "keep@", "every:2@", "@disk"])
+def test_a_store_without_a_schedule_or_a_name_is_refused(text: str) -> None:
+    with pytest.raises(sg.InputError, match="each but auto may end in @device, @host, @disk or @FOLDER"):
         parse_schedule(text)
 
 

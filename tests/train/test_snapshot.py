@@ -20,9 +20,7 @@ from slimgrad.models import Performer
 from slimgrad.train import build_model, read_snapshot, snapshot
 from slimgrad.train.optimizer import make_optimizer
 from slimgrad.train.snapshot import list_snapshots, restore, save_snapshot
-from tests.train.settings import TINY_MODEL, tiny
-
-FILES = ("model.safetensors", "optimizer.safetensors", "snapshot.json")
+from tests.train.settings import SNAPSHOT_FILES, TINY_MODEL, flip, tiny
 
 
 def trained(seed: int = 0) -> tuple[Performer, torch.optim.Optimizer]:
@@ -61,7 +59,7 @@ def test_what_was_written_is_read_back_in_every_bit(tmp_path: Path) -> None:
 
 def test_equal_states_leave_equal_files(tmp_path: Path) -> None:
     paths = [save(tmp_path / name, 3) for name in "ab"]
-    for name in FILES:
+    for name in SNAPSHOT_FILES:
         assert (paths[0] / name).read_bytes() == (paths[1] / name).read_bytes()
 
 
@@ -72,17 +70,11 @@ def test_the_latest_two_are_kept(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(bytes(content))
-
-
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", SNAPSHOT_FILES)
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
 def test_damage_to_any_file_is_found_and_named(tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
     path = save(tmp_path, 3)
@@ -117,60 +109,72 @@ def test_a_foreign_file_is_no_model(tmp_path: Path) -> None:
         snapshot.read_model_file(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("place", ["save_tensors", "sha256", "push_to_disk"])
-@pytest.mark.parametrize("calls", [0, 1])
-def test_a_full_disk_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, calls: int
-) -> None:
-    save(tmp_path, 1)
-    whole, count = getattr(snapshot, place), 0
-
-    def full(*arguments: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count > calls:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return whole(*arguments)
-
-    monkeypatch.setattr(snapshot, place, full)
-    with pytest.raises(StorageError, match=r"step-00000002: expected to write it, got: No space left on device\. Free"):
-        save(tmp_path, 2)
-    monkeypatch.undo()
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert read_snapshot(tmp_path / "step-00000001").step == 1
-
-
 class Killed(BaseException):
     """Nothing that the code could catch by name."""
 
 
-@pytest.mark.parametrize("place", ["save_tensors", "sha256", "push_to_disk", "_remove"])
-@pytest.mark.parametrize("calls", [0, 1, 2])
-def test_a_kill_at_any_place_leaves_whole_snapshots(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, calls: int
-) -> None:
-    for step in (1, 2):
-        save(tmp_path, step)
-    whole, count = getattr(snapshot, place), 0
+# everything that writing a snapshot calls and that a disk may refuse, and how often
+WRITES = {
+    (Path, "mkdir"): 1,
+    (snapshot, "save_tensors"): 2,
+    (snapshot, "sha256"): 2,
+    (Path, "write_text"): 1,
+    (snapshot, "push_to_disk"): 5,
+    (Path, "rename"): 1,
+}
+PLACES = [(*place, calls) for place, times in WRITES.items() for calls in range(times)]
+REMOVAL = [(Path, "rename", 1), (shutil, "rmtree", 1), (shutil, "rmtree", 2)]
 
-    def killed(*arguments: Any) -> Any:
+
+def fail(patch: pytest.MonkeyPatch, owner: Any, name: str, calls: int, error: BaseException) -> Callable[[], int]:
+    """Have a function raise from its call number `calls` (from 0) on; how often it was called."""
+    whole, count = getattr(owner, name), 0
+
+    def failing(*arguments: Any, **options: Any) -> Any:
         nonlocal count
         count += 1
         if count > calls:
-            raise Killed
-        return whole(*arguments)
+            raise error
+        return whole(*arguments, **options)
 
-    monkeypatch.setattr(snapshot, place, killed)
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a process that is dead tidies nothing up
-    try:
-        save(tmp_path, 3)
-    except Killed:
-        assert count > calls
-    monkeypatch.undo()
+    patch.setattr(owner, name, failing)
+    return lambda: count
+
+
+def named(place: tuple[Any, str, int]) -> str:
+    return f"{place[1]}-{place[2]}"
+
+
+@pytest.mark.parametrize("place", PLACES, ids=named)
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, place: tuple[Any, str, int]) -> None:
+    save(tmp_path, 1)
+    step = "step-00000002"
+    with pytest.MonkeyPatch.context() as patch:
+        fail(patch, *place, OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(StorageError, match=rf"{step}: expected to write it, got: No space left on device\. Free"):
+            save(tmp_path, 2)
+    last = place == (snapshot, "push_to_disk", 4)  # of the folder's names: the snapshot itself is whole
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", *([step] if last else [])}
+    assert all(read_snapshot(path) for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", PLACES + REMOVAL, ids=named)
+def test_a_kill_between_any_two_writes_leaves_whole_snapshots(tmp_path: Path, place: tuple[Any, str, int]) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    with pytest.MonkeyPatch.context() as patch:
+        if place[0] is not shutil:
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a dead process tidies nothing up
+        called = fail(patch, *place, Killed())
+        with pytest.raises(Killed):
+            save(tmp_path, 3)
+        assert called() > place[2]
     found = list_snapshots(tmp_path)
     assert len(found) >= 2
-    assert all(read_snapshot(path).step in (1, 2, 3) for path in found)
-    assert save(tmp_path, 3 if found[0].name < "step-00000003" else 4).exists()
+    assert [read_snapshot(path).step for path in found] in ([2, 1], [3, 2], [3, 2, 1])
+    following = read_snapshot(found[0]).step + 1
+    save(tmp_path, following)
+    assert [read_snapshot(path).step for path in list_snapshots(tmp_path)] == [following, following - 1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE refuses a large file on Linux")

@@ -132,7 +132,8 @@ class Session:
         if self._finetuning:
             self._show_before()
         trained = self._train()
-        self._show_curve(trained)
+        if trained.rows:  # a finished run whose metrics were removed has none
+            self._show_curve(trained)
         if self.corpus is not None:
             self._show_sample(trained)
         if self._finetuning:

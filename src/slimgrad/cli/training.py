@@ -15,7 +15,7 @@ from torch import Tensor
 from slimgrad.cli.curve import picture
 from slimgrad.cli.session import Session, describe, require_tensorboard
 from slimgrad.cli.words import parse_bytes
-from slimgrad.data import Corpus, Documents, load_corpus
+from slimgrad.data import KNOWN, Corpus, Documents, load_corpus
 from slimgrad.errors import InputError
 from slimgrad.models import PerformerConfig, get_preset
 from slimgrad.train import (
@@ -35,6 +35,7 @@ from slimgrad.train import (
 )
 from slimgrad.train.folder import read_record, split_snapshot_path
 from slimgrad.train.memory import out_of_memory
+from slimgrad.train.schedules import require_folder
 
 COPYING = "copying"
 DEFAULT_PRESET = "modern"
@@ -129,6 +130,7 @@ def _begin(
     corpus = _load(options.corpus, config, options.data_dir)
     config = _fit(config, corpus, options)
     task = make_task(config, corpus)
+    require_folder(config.schedule)
     if options.tensorboard:
         require_tensorboard()
     if options.out is not None:
@@ -163,6 +165,7 @@ def _resume(options: Options) -> None:
     record = read_record(split_snapshot_path(options.resume)[0])
     config = TrainConfig.from_dict(record["config"]).replace(**options.numbers())
     pick_device(config.device)
+    require_folder(config.schedule)
     if options.tensorboard:
         require_tensorboard()
     source, data_dir = _where(record, config, options)
@@ -240,7 +243,7 @@ def _identify(corpus: Corpus | None, options: Options) -> dict[str, Any] | None:
     if corpus is None:
         return None
     given = options.corpus
-    if given is not None and Path(given).exists():
+    if given is not None and given not in KNOWN:
         given = os.path.abspath(given)  # a run may go on from another working directory
     parts = [corpus.text] + ([corpus.validation] if corpus.validation else [])
     return {

@@ -168,15 +168,8 @@ class RunFolder:
     def _forget_what_follows(self) -> None:
         """What was done after the snapshot is done again: drop its metrics, and step aside with later snapshots."""
         step = self.snapshot.step if self.snapshot else 0
-        metrics = self.path / METRICS
-        if metrics.exists():
-            with storage_errors(metrics), metrics.open("rb+") as file:
-                end = 0
-                for line in file:
-                    if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                        break
-                    end += len(line)
-                file.truncate(end)
+        if (self.path / METRICS).exists():
+            _keep_rows(self.path / METRICS, step)
         for unfinished in (self.path / SNAPSHOTS).glob(f"{PARTIAL}*"):
             shutil.rmtree(unfinished, ignore_errors=True)
         for later in list_snapshots(self.path / SNAPSHOTS):
@@ -283,6 +276,30 @@ def seconds_so_far(folder: Path) -> float:
     """Seconds that the steps in the metrics took; 0 where there are none."""
     rows = read_rows(folder)
     return rows[-1].seconds if rows else 0.0
+
+
+def _keep_rows(metrics: Path, step: int) -> None:
+    """Cut off the rows after a step, and what a kill or a power cut left there in their place."""
+    end = last = 0
+    with storage_errors(metrics), metrics.open("rb+") as file:
+        for number, line in enumerate(file, start=1):
+            row = _parse_row(line)
+            if row is None and last < step:
+                raise InputError(
+                    f"{metrics}, line {number}: expected the row of a step, it cannot be read. Mend it, or remove the "
+                    f"file to go on without the rows up to step {step:,}"
+                )
+            if row is None or row.step > step:
+                break
+            end, last = end + len(line), row.step
+        file.truncate(end)
+
+
+def _parse_row(line: bytes) -> Row | None:
+    try:
+        return Row(**json.loads(line)) if line.endswith(b"\n") else None
+    except (ValueError, TypeError):
+        return None
 
 
 def _intact(paths: Iterable[Path]) -> Iterator[Path]:

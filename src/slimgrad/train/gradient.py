@@ -42,18 +42,20 @@ def add_gradient(
         chunk, schedule: for "chunked".
         normalizer: what the summed loss is divided by: the targets of the whole step, for their mean.
     """
+    sequences = batch.sequences
+    states = [model.initial_state(len(one)) for one in sequences]  # here, so that all methods draw the same features
     if method == "chunked":
-        how: dict[str, Any] = {"chunk": chunk, "schedule": schedule, "normalizer": normalizer}
+        state = states if isinstance(batch.inputs, list) else states[0]
+        how: dict[str, Any] = {"chunk": chunk, "schedule": schedule, "normalizer": normalizer, "state": state}
         return float(backward(model, batch.inputs, batch.targets, **how).loss)
-    sequences = batch.inputs if isinstance(batch.inputs, list) else [batch.inputs]
     targets = batch.targets if isinstance(batch.targets, list) else [batch.targets] * len(sequences)
     with layers_computed_twice(model) if method == "checkpoint" else nullcontext():
-        return sum(_one_graph(model, *pair, normalizer) for pair in zip(sequences, targets, strict=True))
+        return sum(_one_graph(model, *one, normalizer) for one in zip(sequences, targets, states, strict=True))
 
 
-def _one_graph(model: Performer, inputs: Tensor, targets: Tensor | None, normalizer: float) -> float:
+def _one_graph(model: Performer, inputs: Tensor, targets: Tensor | None, state: Any, normalizer: float) -> float:
     device = model.head.weight.device
-    outputs, _ = model(inputs.to(device), model.initial_state(len(inputs)))
+    outputs, _ = model(inputs.to(device), state)
     if targets is None:
         outputs, targets = outputs[:, :-1], inputs[:, 1:]
     loss = cross_entropy_sum(outputs, targets.to(device)) / normalizer

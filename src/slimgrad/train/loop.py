@@ -201,9 +201,13 @@ class _Trainer:
         normalizer = max(sum(batch.num_targets for batch in batches), 1)
         how: dict[str, Any] = {"method": config.method, "chunk": config.chunk, "schedule": self.schedule}
         seed = derive_seed(config.seed, self.step)
+        loss = 0.0
         try:
-            with self.stop.interruptible(), seeded(seed, model.head.weight.device), autocast(config, model):
-                return sum(add_gradient(model, batch, normalizer=normalizer, **how) for batch in batches)
+            with self.stop.interruptible(), autocast(config, model):
+                for index, batch in enumerate(batches):
+                    with seeded(derive_seed(seed, index), model.head.weight.device):
+                        loss += add_gradient(model, batch, normalizer=normalizer, **how)
+            return loss
         except Interrupted:
             self.optimizer.zero_grad()
             self._save()

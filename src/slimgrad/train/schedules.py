@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,21 @@ def parse_schedule(text: str) -> Schedule | None:
     """
     if text == "auto":
         return None
-    words, _, store = text.partition("@")
+    words, at, store = text.partition("@")
     name, _, number = words.partition(":")
     stored: dict[str, Any] = {}
-    if store:
+    if at:
         stored["store"] = store if store in ("device", "host", "disk") else Path(store)
-    if name in _PLAIN and not number:
-        return _PLAIN[name](**stored)
-    if name in _NUMBERED and number.isdecimal():
-        return _NUMBERED[name](int(number), **stored)
+    if store or not at:
+        if words in _PLAIN:
+            return _PLAIN[words](**stored)
+        if name in _NUMBERED and number.isdecimal():
+            return _NUMBERED[name](int(number), **stored)
     raise InputError(f"schedule {text!r}: expected one of {FORMS}")
+
+
+def require_folder(text: str) -> None:
+    """Refuse a schedule whose states go to a folder that is not there, or cannot be written to."""
+    store = getattr(parse_schedule(text), "store", None)
+    if isinstance(store, Path) and not (store.is_dir() and os.access(store, os.W_OK)):
+        raise InputError(f"schedule {text!r}: expected a folder to write to, found none at {store}. Make it first")
