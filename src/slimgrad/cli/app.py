@@ -225,3 +225,21 @@ def verify(
 
         if not run_verification(preset, length=length, chunk=chunk, dtype=dtype):
             raise typer.Exit(1)
+
+
+@app.command()
+def reproduce(
+    only: Annotated[list[str] | None, typer.Option(help="These tasks alone: copying, ptb.")] = None,
+    scale: Annotated[float, typer.Option(help="Share of the published steps, the same for every run.")] = 0.05,
+    quick: Annotated[bool, typer.Option(help="A look at it in minutes: short runs on short sequences.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="For rows and report; one begun before goes on.", show_default="runs/reproduce"),
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """The paper's training experiment: plain, chunked, and plain then chunked, on its tasks; with a report."""
+    with one_clear_message():
+        from slimgrad.cli.reproducing import run_programme
+
+        run_programme(only=only or [], scale=scale, quick=quick, out=out, data_dir=data_dir)

@@ -1,0 +1,105 @@
+"""Backward compatibility (paper, section 4.3): plain, chunked, and half of each.
+
+All regimes of a task have one seed and one order of data. A plain run with another seed is the noise that a difference
+between regimes is to be held against. The first half of the mixed regimes is the plain run's own.
+"""
+
+from __future__ import annotations
+
+import math
+
+from slimgrad.errors import InputError
+from slimgrad.experiments.programme import Point, Row
+from slimgrad.models import get_preset
+from slimgrad.train import config_for
+
+EXPERIMENT = "compatibility"
+CHUNKS = {"copying": (128, 64), "ptb": (512, 256)}
+_SECONDS_PER_STEP = {"copying": 0.05, "ptb": 0.8}
+_VALIDATIONS = 30
+
+
+def compatibility_points(task: str, *, scale: float, length: int = 0) -> list[Point]:
+    """The runs of one task, at `scale` of the published steps each.
+
+    Args:
+        task: one of `CHUNKS`, which is also the name of the preset.
+        scale: share of the published steps, in (0, 1].
+        length: another length than the published one, for a quick look; chunks shrink with it.
+
+    Raises:
+        InputError: the scale is not a share.
+    """
+    if not 0 < scale <= 1:
+        raise InputError(f"--scale {scale}: expected a share of the published steps, above 0 and at most 1")
+    preset = get_preset(task)
+    steps = max(2, 2 * round(preset.steps * scale / 2))
+    shrink = preset.length // length if length else 1
+    plain = f"runs/{task}-plain-seed0"
+
+    def point(regime: str, chunk: int, seed: int) -> Point:
+        config = config_for(
+            preset,
+            steps=steps,
+            length=preset.length // shrink,
+            method="plain" if regime == "plain" else "chunked",
+            chunk=chunk,
+            seed=seed,
+            eval_every=max(1, steps // _VALIDATIONS),
+            save_every=max(1, steps // 20) if steps % 20 == 0 else 1 if steps < 20 else steps // 2,
+        )
+        name = f"{regime}-seed{seed}" if regime == "plain" else f"{regime}-{chunk}-seed{seed}"
+        arguments: Row = {"folder": f"runs/{task}-{name}", "config": config.to_dict()}
+        if task != "copying":
+            arguments["corpus"] = task
+        if regime == "half":
+            arguments["first_half"] = plain
+        arguments["keep_half"] = regime == "plain" and seed == 0
+        return Point(
+            experiment=EXPERIMENT,
+            name=f"{task} {name}",
+            function="slimgrad.experiments.regimes:train_regime",
+            task=arguments,
+            seconds=_SECONDS_PER_STEP[task] * steps * (0.5 if regime == "half" else 1) / shrink,
+        )
+
+    chunks = [chunk // shrink for chunk in CHUNKS[task]]
+    first = point("plain", preset.length // shrink, 0)
+    mixed = [point(regime, chunk, 0) for regime in ("chunked", "half") for chunk in chunks]
+    return [first, *mixed, point("plain", preset.length // shrink, 1)]
+
+
+def compare(rows: list[Row]) -> list[Row]:
+    """Each run beside the plain one of its task: how far its curve is from it, at most and on the mean, in bits.
+
+    The run with another seed is the noise.
+    """
+    plain = {_task(row): row["result"] for row in rows if row["name"].endswith(" plain-seed0")}
+    table: list[Row] = []
+    for row in rows:
+        result, reference = row["result"], plain.get(_task(row))
+        config = row["task"]["config"]
+        entry: Row = {
+            "task": _task(row),
+            "regime": row["name"].split()[1],
+            "length": config["length"],
+            "steps": config["steps"],
+            "share": config["steps"] / get_preset(_task(row)).steps,
+            "final_bits": result["final_bits"],
+            "final_accuracy": result["final_accuracy"],
+            "minutes": result["seconds"] / 60,
+            "curve_largest": math.nan,
+            "curve_mean": math.nan,
+            "validation_largest": math.nan,
+        }
+        if reference is not None and reference["steps"] == result["steps"]:
+            training = [abs(a - b) for a, b in zip(result["bits"], reference["bits"], strict=True)]
+            entry["curve_largest"], entry["curve_mean"] = max(training), sum(training) / len(training)
+            pairs = zip(result["validation_bits"], reference["validation_bits"], strict=True)
+            entry["validation_largest"] = max(abs(a - b) for a, b in pairs)
+        table.append(entry)
+    return table
+
+
+def _task(row: Row) -> str:
+    return row["name"].split()[0]

@@ -1,0 +1,129 @@
+"""A programme of measurements: points, each in a process of its own, that are never done twice.
+
+A point is a function by name and the JSON that it is called with. Its process works in the programme's folder, OUT. Its
+row is a file of its own in `OUT/points`, written whole; the file's name holds a checksum of the task, so a changed task
+is another point. A point that failed leaves a row that says why, and is tried again the next time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slimgrad.train import Stop
+from slimgrad.train.files import write_atomically
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measurement.
+
+    Attributes:
+        experiment: the experiment that it belongs to.
+        name: what is measured, for people; unique within the experiment.
+        function: "module:name" of a function that takes `task` as keywords and returns a JSON dictionary.
+        task: its arguments, plain enough for JSON.
+        seconds: roughly how long it takes on two cores: for the time left alone.
+        environment: variables of the process, beside those of this one.
+    """
+
+    experiment: str
+    name: str
+    function: str
+    task: Row
+    seconds: float
+    environment: dict[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def file(self) -> str:
+        """The name of the row's file."""
+        what = json.dumps([self.function, self.task, self.environment], sort_keys=True)
+        words = re.sub(r"[^A-Za-z0-9]+", "-", f"{self.experiment} {self.name}").strip("-")
+        return f"{words}-{hashlib.sha256(what.encode()).hexdigest()[:8]}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a programme stands, told before each point and once at the end (`point` is None then)."""
+
+    done: int
+    total: int
+    seconds_left: float
+    point: Point | None
+
+
+def run_points(
+    points: list[Point], out: Path, report: Callable[[Progress], None], stop: Stop, data_dir: Path | None = None
+) -> list[Row]:
+    """Do the points that have no good row yet, in order, and return the rows of all.
+
+    Args:
+        points: what to do.
+        out: the programme's folder.
+        report: told before each point.
+        stop: asked whether a signal has come.
+        data_dir: where the files of named corpora lie; handed to points whose task has a `corpus`.
+
+    Raises:
+        Interrupted: a signal came. The rows so far are kept; what a point was at is lost, except in training runs.
+        StorageError: a row cannot be written.
+    """
+    folder = out / "points"
+    folder.mkdir(parents=True, exist_ok=True)
+    speed = 1.0  # seconds taken over seconds expected, so far
+    taken = expected = 0.0
+    for index, point in enumerate(points):
+        if _good(folder / point.file):
+            continue
+        left = sum(p.seconds for p in points[index:] if not _good(folder / p.file))
+        report(Progress(done=index, total=len(points), seconds_left=left * speed, point=point))
+        began = time.perf_counter()
+        row = _run(point, out, stop, data_dir)
+        row["seconds"] = time.perf_counter() - began
+        write_atomically(folder / point.file, (json.dumps(row, indent=1) + "\n").encode())
+        taken, expected = taken + row["seconds"], expected + point.seconds
+        speed = taken / expected
+    report(Progress(done=len(points), total=len(points), seconds_left=0.0, point=None))
+    return list(_rows(folder / point.file for point in points))
+
+
+def _run(point: Point, out: Path, stop: Stop, data_dir: Path | None) -> Row:
+    """The point in a fresh Python; what it prints is its own, the result is the last line."""
+    command = [sys.executable, "-m", "slimgrad.experiments.worker"]
+    row: Row = {"experiment": point.experiment, "name": point.name, "task": point.task}
+    where = {"data_dir": str(data_dir.absolute())} if data_dir and "corpus" in point.task else {}
+    with stop.interruptible():
+        done = subprocess.run(
+            command,
+            input=json.dumps({"function": point.function, "task": point.task | where}),
+            env={**os.environ, **point.environment},
+            cwd=out,
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return row | {"error": words[-1]}
+    return row | json.loads(done.stdout.splitlines()[-1])
+
+
+def _rows(files: Iterable[Path]) -> Iterator[Row]:
+    return (json.loads(file.read_text(encoding="utf-8")) for file in files)
+
+
+def _good(file: Path) -> bool:
+    try:
+        return "result" in json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
