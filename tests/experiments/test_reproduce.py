@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from slimgrad.experiments.compatibility import compare, compatibility_points
-
-
-def reproduce(*arguments: str, status: int = 0) -> str:
-    command = [sys.executable, "-m", "slimgrad", "reproduce", *arguments]
-    if not (Path(__file__).parents[2] / "src/slimgrad/__main__.py").exists():
-        command = [sys.executable, "-c", "from slimgrad.cli import main; main()", "reproduce", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == status, done.stderr
-    return done.stdout + done.stderr
+from slimgrad.experiments.regimes import train_regime
+from slimgrad.models import get_preset
+from slimgrad.train import config_for
+from tests.cli.running import INPUT, refuse, succeed
 
 
 @pytest.mark.slow
-def test_quick_from_nothing_then_again(tmp_path: Path) -> None:
+def test_quick_from_nothing_then_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    reproduce("--quick", "--out", str(out))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    succeed("reproduce", "--quick", "--out", out)
     rows = json.loads((out / "rows.json").read_text())["rows"]
     assert len(rows) == 6
     table = {entry["regime"]: entry for entry in compare(rows)}
@@ -39,17 +31,17 @@ def test_quick_from_nothing_then_again(tmp_path: Path) -> None:
     assert "src=" not in page
     assert "<link" not in page
     written = {file: file.stat().st_mtime_ns for file in (out / "points").iterdir()}
-    assert "0:00:00 left" in reproduce("--quick", "--out", str(out))
+    assert "0:00:00 left" in succeed("reproduce", "--quick", "--out", out).output
     assert written == {file: file.stat().st_mtime_ns for file in (out / "points").iterdir()}
-    assert "found {'scale'" in reproduce("--out", str(out), status=2)
+    assert "found {'scale'" in refuse(INPUT, "reproduce", "--out", out)
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    assert "copying, ptb" in reproduce("--only", "speech", "--out", str(tmp_path / "out"), status=2)
-    assert "at most 1" in reproduce("--scale", "2", "--out", str(tmp_path / "out"), status=2)
+    assert "copying, ptb" in refuse(INPUT, "reproduce", "--only", "speech", "--out", tmp_path / "out")
+    assert "at most 1" in refuse(INPUT, "reproduce", "--scale", 2, "--out", tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    assert "Name another folder" in reproduce("--quick", "--out", str(tmp_path / "mine"), status=2)
+    assert "Name another folder" in refuse(INPUT, "reproduce", "--quick", "--out", tmp_path / "mine")
 
 
 def test_published_settings_and_one_share_for_all() -> None:
@@ -59,3 +51,16 @@ def test_published_settings_and_one_share_for_all() -> None:
         short = compatibility_points(task, scale=0.05)
         assert {point.task["config"]["steps"] for point in short} == {steps // 20}
         assert len({point.file for point in (*full, *short)}) == 12
+
+
+def test_a_first_half_survives_a_kill_before_its_copy(tmp_path: Path) -> None:
+    config = config_for(get_preset("copying"), steps=4, length=16, chunk=4, save_every=2).to_dict()
+    plain, half = tmp_path / "plain", tmp_path / "plain-half"
+    undisturbed = train_regime(folder=str(plain), config=config, keep_half=True)
+    first_half = {"folder": str(tmp_path / "mixed"), "config": config, "first_half": str(plain)}
+    assert train_regime(**first_half)["bits"] == undisturbed["bits"]
+    (tmp_path / "killed").mkdir()
+    half.rename(tmp_path / "killed" / "plain")  # as a kill leaves it: the snapshot is there, its copy is not
+    again = train_regime(folder=str(tmp_path / "killed" / "plain"), config=config, keep_half=True)
+    assert again["bits"] == undisturbed["bits"]
+    assert (tmp_path / "killed" / "plain-half" / "config.json").exists()

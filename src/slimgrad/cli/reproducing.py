@@ -15,7 +15,7 @@ from slimgrad.errors import InputError, RunError
 from slimgrad.experiments.compatibility import CHUNKS, compatibility_points
 from slimgrad.experiments.programme import Point, Progress, run_points
 from slimgrad.experiments.report import write_report
-from slimgrad.train import Stop
+from slimgrad.train import Interrupted, Stop
 
 PROGRAMME = "programme.json"
 _QUICK_SCALE, _QUICK_LENGTH = 0.002, 64
@@ -48,6 +48,9 @@ def run_programme(*, only: list[str], scale: float, quick: bool, out: Path | Non
             with stop.listening():
                 rows = run_points(points, out, report, stop, data_dir)
             page = write_report(rows, out, shlex.join(["slimgrad", *sys.argv[1:]]))
+    except Interrupted as interrupted:
+        interrupted.add_note(f"what is done is kept in {out}. Go on: the same command again")
+        raise
     except Timeout as error:
         raise InputError(f"--out {out}: another process works in it. Wait for it, or name another folder") from error
     failed = [row["name"] for row in rows if "result" not in row]

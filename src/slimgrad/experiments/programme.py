@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ class Point:
         function: "module:name" of a function that takes `task` as keywords and returns a JSON dictionary.
         task: its arguments, plain enough for JSON.
         seconds: roughly how long it takes on two cores: for the time left alone.
-        environment: variables of the process, beside those of this one.
     """
 
     experiment: str
@@ -43,12 +41,11 @@ class Point:
     function: str
     task: Row
     seconds: float
-    environment: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
     def file(self) -> str:
         """The name of the row's file."""
-        what = json.dumps([self.function, self.task, self.environment], sort_keys=True)
+        what = json.dumps([self.function, self.task], sort_keys=True)
         words = re.sub(r"[^A-Za-z0-9]+", "-", f"{self.experiment} {self.name}").strip("-")
         return f"{words}-{hashlib.sha256(what.encode()).hexdigest()[:8]}.json"
 
@@ -107,7 +104,6 @@ def _run(point: Point, out: Path, stop: Stop, data_dir: Path | None) -> Row:
         done = subprocess.run(
             command,
             input=json.dumps({"function": point.function, "task": point.task | where}),
-            env={**os.environ, **point.environment},
             cwd=out,
             capture_output=True,
             text=True,

@@ -41,13 +41,16 @@ def train_regime(
     wanted = TrainConfig.from_dict(config)
     path = Path(folder)
     text = None if wanted.task == "copying" else load_corpus(corpus, data_dir=Path(data_dir) if data_dir else None)
+    half = Path(f"{path}{HALF}")
     with _open(path, wanted, text, first_half) as run:
 
-        def report(row: Row) -> None:
-            if keep_half and 2 * row.step == wanted.steps:
-                _copy(path, Path(f"{path}{HALF}"))
+        def keep(step: int) -> None:
+            if keep_half and 2 * step == wanted.steps and not half.exists():
+                _copy(path, half)
 
-        rows = train(wanted, text, report, run=run).rows
+        if run.snapshot is not None:
+            keep(run.snapshot.step)  # a kill may have come between the snapshot and its copy
+        rows = train(wanted, text, lambda row: keep(row.step), run=run).rows
     return summarize(rows)
 
 
@@ -83,10 +86,8 @@ def _open(path: Path, config: TrainConfig, corpus: Corpus | None, first_half: st
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Whole or not at all, in the place of an unfinished one."""
+    """Whole or not at all."""
     partial = target.with_name(f"{PARTIAL}{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, ignore=shutil.ignore_patterns(".lock"))
-    if target.exists():
-        shutil.rmtree(target)
     os.replace(partial, target)
