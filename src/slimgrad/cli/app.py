@@ -229,7 +229,7 @@ def verify(
 
 @app.command()
 def reproduce(
-    only: Annotated[list[str] | None, typer.Option(help="These tasks alone: copying, ptb.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="These parts alone: tradeoff, copying, ptb.")] = None,
     scale: Annotated[float, typer.Option(help="Share of the published steps, the same for every run.")] = 0.05,
     quick: Annotated[bool, typer.Option(help="A look at it in minutes: short runs on short sequences.")] = False,
     out: Annotated[
@@ -238,7 +238,7 @@ def reproduce(
     ] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """The paper's training experiment: plain, chunked, and plain then chunked, on its tasks; with a report."""
+    """Two of the paper's experiments, with a report: memory and time against the chunk; training chunked or plain."""
     with one_clear_message():
         from slimgrad.cli.reproducing import run_programme
 

@@ -15,6 +15,8 @@ from slimgrad.errors import InputError, RunError
 from slimgrad.experiments.compatibility import CHUNKS, compatibility_points
 from slimgrad.experiments.programme import Point, Progress, run_points
 from slimgrad.experiments.report import write_report
+from slimgrad.experiments.tradeoff import EXPERIMENT as TRADEOFF
+from slimgrad.experiments.tradeoff import tradeoff_points
 from slimgrad.train import Interrupted, Stop
 
 PROGRAMME = "programme.json"
@@ -23,16 +25,19 @@ _QUICK_SCALE, _QUICK_LENGTH = 0.002, 64
 
 def run_programme(*, only: list[str], scale: float, quick: bool, out: Path | None, data_dir: Path | None) -> None:
     """Do what is left of the programme in `out`, and write the report."""
-    unknown = [name for name in only if name not in CHUNKS]
+    known = [TRADEOFF, *CHUNKS]
+    unknown = [name for name in only if name not in known]
     if unknown:
-        raise InputError(f"--only {unknown[0]}: expected one of {', '.join(CHUNKS)}")
-    tasks = only or (["copying"] if quick else list(CHUNKS))
+        raise InputError(f"--only {unknown[0]}: expected one of {', '.join(known)}")
+    chosen = only or ([TRADEOFF, "copying"] if quick else known)
     if quick:
         scale = _QUICK_SCALE
     out = (out or Path("runs", "reproduce-quick" if quick else "reproduce")).absolute()
     length = _QUICK_LENGTH if quick else 0
-    points: list[Point] = []
-    for task in tasks:
+    points: list[Point] = tradeoff_points(quick=quick) if TRADEOFF in chosen else []
+    for task in chosen:
+        if task == TRADEOFF:
+            continue
         points += compatibility_points(task, scale=scale, length=length)
     _require_own(out, {"scale": scale, "quick": quick})
     console = Console(highlight=False)

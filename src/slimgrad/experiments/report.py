@@ -7,14 +7,17 @@ import html
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from slimgrad.experiments.compatibility import EXPERIMENT as COMPATIBILITY
 from slimgrad.experiments.compatibility import compare
 from slimgrad.experiments.programme import Row
+from slimgrad.experiments.tradeoff import compare_costs
 from slimgrad.train.files import write_atomically
 
 REPORT = "report.html"
@@ -32,7 +35,7 @@ svg { max-width: 100%; height: auto; } pre { overflow-x: auto; border: 1px solid
 
 
 def write_report(rows: list[Row], out: Path, command: str) -> Path:
-    """Write `report.html`, `rows.json` and `compatibility.csv` into `out`, in the place of earlier ones.
+    """Write `report.html`, `rows.json` and a CSV file per experiment into `out`, in the place of earlier ones.
 
     Args:
         rows: of `programme.run_points`; those that failed are listed with their reason.
@@ -41,20 +44,24 @@ def write_report(rows: list[Row], out: Path, command: str) -> Path:
     """
     good = [row for row in rows if "result" in row]
     failed = [row for row in rows if "result" not in row]
-    table = compare(good)
+    table, costs = compare([row for row in good if row["experiment"] == COMPATIBILITY]), compare_costs(good)
     write_atomically(out / "rows.json", (json.dumps({"command": command, "rows": rows}, indent=1) + "\n").encode())
-    write_atomically(out / "compatibility.csv", _csv(table).encode())
+    for name, entries in ((COMPATIBILITY, table), ("tradeoff", costs)):
+        if entries:
+            write_atomically(out / f"{name}.csv", _csv(entries).encode())
     machines = sorted({json.dumps(row["machine"], sort_keys=True) for row in good})
     parts = [
         "<h1>The paper, reproduced</h1>",
-        "<p><i>Sub-Linear Memory: How to Make Performers SLiM</i> (NeurIPS 2021), section 4.3: a model that is trained "
-        "with plain backpropagation may go on, or begin, with chunked gradients, and the curves are almost the same. "
-        "Below: how far they are from plain backpropagation's, beside what another seed moves.</p>",
+        "<p><i>Sub-Linear Memory: How to Make Performers SLiM</i> (NeurIPS 2021). Section 4.1: what memory and time "
+        "one gradient takes against the chunk. Section 4.3: a model that is trained with plain backpropagation may go "
+        "on, or begin, with chunked gradients, and the curves are almost the same; how far they are from plain "
+        "backpropagation's stands beside what another seed moves.</p>",
         f"<pre>{html.escape(command)}</pre>",
         *(
             f"<p>Measured on: {html.escape(', '.join(f'{k} {v}' for k, v in json.loads(m).items()))}</p>"
             for m in machines
         ),
+        *(_costs_section(name, costs) for name in dict.fromkeys(entry["configuration"] for entry in costs)),
         *(_task_section(task, good, table) for task in dict.fromkeys(entry["task"] for entry in table)),
     ]
     if failed:
@@ -87,6 +94,42 @@ def _task_section(task: str, rows: list[Row], table: list[Row]) -> str:
     )
 
 
+def _costs_section(name: str, costs: list[Row]) -> str:
+    own = [entry for entry in costs if entry["configuration"] == name]
+    columns = {
+        "form": "form", "method": "method", "chunk": "C", "peak_mb": "peak above parameters and gradients, MB",
+        "predicted_mb": "predicted, MB", "measured_over_predicted": "measured / predicted",
+        "of_plain_memory": "of plain's memory", "seconds": "seconds", "of_plain_time": "of plain's time",
+        "predicted_flops": "predicted, FLOPs of plain's", "time_over_flops": "time / FLOPs", "note": "",
+    }  # fmt: skip
+    head = "".join(f"<th>{html.escape(words)}</th>" for words in columns.values())
+    body = "".join(f"<tr>{''.join(f'<td>{_cell(k, entry[k])}</td>' for k in columns)}</tr>" for entry in own)
+    return (
+        f"<h2>Configuration {html.escape(name)}: {own[0]['length']:,} tokens, one gradient</h2>"
+        f"{_memory_figure(name, own)}"
+        f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+        "<p>Each gradient in a process of its own, once. checkpoint: each layer computed twice. The formulas are in "
+        "<code>slimgrad.experiments.tradeoff</code>; dotted in the figure.</p>"
+    )
+
+
+def _memory_figure(name: str, own: list[Row]) -> str:
+    """Peak memory over the chunk, measured and predicted, with plain backpropagation as a level."""
+
+    def draw(axes: Any) -> None:
+        for index, form in enumerate(dict.fromkeys(entry["form"] for entry in own)):
+            chunked = [entry for entry in own if entry["form"] == form and entry["method"] == "chunked"]
+            chunks, colour = [entry["chunk"] for entry in chunked], f"C{index}"
+            axes.plot(chunks, [entry["peak_mb"] for entry in chunked], "o-", color=colour, label=form)
+            axes.plot(chunks, [entry["predicted_mb"] for entry in chunked], ":", color=colour)
+            for entry in own:
+                if entry["form"] == form and entry["method"] == "plain" and not math.isnan(entry["peak_mb"]):
+                    axes.axhline(entry["peak_mb"], color=colour, linestyle="--")
+        axes.set(xlabel="C, tokens", ylabel="MB (dashed: plain)", xscale="log", yscale="log")
+
+    return _svg(name, draw)
+
+
 def _cell(name: str, value: Any) -> str:
     if isinstance(value, float) and math.isnan(value):
         return "–"
@@ -100,15 +143,24 @@ def _cell(name: str, value: Any) -> str:
 
 
 def _curves(task: str, rows: list[Row]) -> str:
-    """Validation over the steps as inline SVG, whose ink is the page's own."""
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": task}):
-        figure = Figure(figsize=(8, 3.4), layout="constrained")
-        axes: Any = figure.subplots()
+    """Validation over the steps."""
+
+    def draw(axes: Any) -> None:
         for row in rows:
             result = row["result"]
             style = "--" if row["name"].endswith("seed1") else "-"
             axes.plot(result["validation_steps"], result["validation_bits"], style, label=row["name"].split()[1])
         axes.set(xlabel="steps", ylabel="validation, bits per byte")
+
+    return _svg(task, draw)
+
+
+def _svg(salt: str, draw: Callable[[Any], None]) -> str:
+    """A figure as inline SVG, whose ink is the page's own."""
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure = Figure(figsize=(8, 3.4), layout="constrained")
+        axes: Any = figure.subplots()
+        draw(axes)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         drawn = io.BytesIO()
