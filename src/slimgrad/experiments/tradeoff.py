@@ -5,7 +5,7 @@ a predicted one, in floats of 4 bytes per token of what lives at once, with s la
 head and a vocabulary V:
 
     a layer's graph      A = 17 d + h + 4 (blocked)    19 d + 3 h + 4 (iterative)    (19 + M) d + h + 4 (prefix sum)
-    the last layer's way back      E = max(4 V + d, 5.5 d)
+    the last layer's way back      E = max(4 V + d, 5.5 d)    prefix sum: (3 M - 9) d, states per token
     plain                (s A + E) L
     layers twice         (4 d (s - 1) + A + E) L
     chunked              (s A + E) C, and 28 bytes per number of the state (accumulator, value, adjoint, new value)
@@ -99,7 +99,7 @@ def predict_bytes(config: PerformerConfig, length: int, method: Method, chunk: i
         "iterative": 19 * d + 3 * h + 4,
         "prefix_sum": (19 + m) * d + h + 4,
     }.get(config.form, 17 * d + h + 4)
-    last = max(4 * config.vocabulary + d, 5.5 * d)
+    last = max(4 * config.vocabulary + d, (3 * m - 9) * d if config.form == "prefix_sum" else 5.5 * d)
     if method == "checkpoint":
         return 4.0 * length * (4 * d * (s - 1) + layer + last)
     graph = 4.0 * (s * layer + last)
