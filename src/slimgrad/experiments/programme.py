@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Point:
         function: "module:name" of a function that takes `task` as keywords and returns a JSON dictionary.
         task: its arguments, plain enough for JSON.
         seconds: roughly how long it takes on two cores: for the time left alone.
+        environment: what its process has set beside this one's own environment, as the settings of malloc.
     """
 
     experiment: str
@@ -41,11 +43,12 @@ class Point:
     function: str
     task: Row
     seconds: float
+    environment: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
     def file(self) -> str:
         """The name of the row's file."""
-        what = json.dumps([self.function, self.task], sort_keys=True)
+        what = json.dumps([self.function, self.task, *([self.environment] if self.environment else [])], sort_keys=True)
         words = re.sub(r"[^A-Za-z0-9]+", "-", f"{self.experiment} {self.name}").strip("-")
         return f"{words}-{hashlib.sha256(what.encode()).hexdigest()[:8]}.json"
 
@@ -99,12 +102,15 @@ def _run(point: Point, out: Path, stop: Stop, data_dir: Path | None) -> Row:
     """The point in a fresh Python; what it prints is its own, the result is the last line."""
     command = [sys.executable, "-m", "slimgrad.experiments.worker"]
     row: Row = {"experiment": point.experiment, "name": point.name, "task": point.task}
+    if point.environment:
+        row["environment"] = point.environment
     where = {"data_dir": str(data_dir.absolute())} if data_dir and "corpus" in point.task else {}
     with stop.interruptible():
         done = subprocess.run(
             command,
             input=json.dumps({"function": point.function, "task": point.task | where}),
             cwd=out,
+            env={**os.environ, **point.environment},
             capture_output=True,
             text=True,
         )

@@ -1,7 +1,8 @@
 """Memory and time of one gradient against the chunk (paper, section 4.1): plain, layers computed twice, chunked.
 
-A point is one gradient of a fresh model over random tokens in a process of its own. Beside each measured figure stands
-a predicted one, in floats of 4 bytes per token of what lives at once, with s layers of width d, h heads, M features per
+A memory point is one gradient of a fresh model over random tokens in a process of its own. A time point is a process
+too: plain and several chunks in turn, round after round, so that what disturbs one disturbs all. Settings of glibc's
+malloc (`MALLOC`) are the process' environment. Beside each measured figure stands a predicted one, in floats of 4 bytes per token of what lives at once, with s layers of width d, h heads, M features per
 head and a vocabulary V:
 
     a layer's graph      A = 17 d + h + 4 (blocked)    19 d + 3 h + 4 (iterative)    (19 + M) d + h + 4 (prefix sum)
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from time import perf_counter
 from typing import Any
 
@@ -35,19 +37,36 @@ CONFIGURATIONS = ("I", "II", "III", "IV")
 FORMS = ("blocked", "iterative", "prefix_sum")
 _SMALLEST_CHUNK = 16
 _WARM_UP_TOKENS = 64
-_SECONDS = {"I": 12.0, "II": 4.0, "III": 16.0, "IV": 60.0}
+# default: as a user finds it. returned: blocks from 1 MiB up are mapped one by one, and so returned when they are freed;
+# resident memory is then what is in use. warm: nothing that was freed is returned, so nothing is faulted in twice.
+MALLOC = {
+    "default": {},
+    "returned": {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
+    "warm": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 36)},
+}
+_SECONDS = {"I": 12.0, "II": 4.0, "III": 16.0, "IV": 60.0}  # of one gradient, on one core
+_ROUNDS = 3
+_TIMED_IV = (256, 4096)  # a gradient of IV takes a minute
 _QUICK = PerformerConfig(layers=2, width=64, heads=1)
 _QUICK_LENGTH = 256
 
 
-def tradeoff_points(*, quick: bool = False) -> list[Point]:
-    """Every configuration, form, method and chunk from 16 to L; with `quick`, one small configuration."""
+def tradeoff_points(*, quick: bool = False, device: str = "cpu") -> list[Point]:
+    """Every configuration, form, method and chunk from 16 to L; with `quick`, one small configuration.
+
+    Memory first: every form with freed blocks returned, then the blocked form by default malloc. Then time: plain, and
+    every second power of two, in the blocked form.
+
+    Args:
+        quick: see above.
+        device: "cpu", or "cuda", where there is no malloc to set.
+    """
     points: list[Point] = []
-    for name in ("small",) if quick else CONFIGURATIONS:
-        config, length = (_QUICK, _QUICK_LENGTH) if quick else (get_preset(name).model, get_preset(name).length)
-        chunks = [length >> i for i in range(round(math.log2(length / _SMALLEST_CHUNK)) + 1)]
-        chunks = chunks[1 :: len(chunks) - 2] if quick else chunks
-        for form in FORMS:
+    names = ("small",) if quick else CONFIGURATIONS
+    kinds = [("returned", form) for form in FORMS] + [("default", FORMS[0])]
+    for malloc, form in kinds if device == "cpu" else [("default", form) for form in FORMS]:
+        for name in names:
+            config, length, chunks = _shape(name)
             model = dataclasses.asdict(dataclasses.replace(config, form=form))
             methods: list[tuple[str, int]] = [("plain", length), ("checkpoint", length)]
             for method, chunk in methods + [("chunked", chunk) for chunk in chunks]:
@@ -55,41 +74,95 @@ def tradeoff_points(*, quick: bool = False) -> list[Point]:
                 points.append(
                     Point(
                         experiment=EXPERIMENT,
-                        name=f"{name} {form} {words}",
-                        function="slimgrad.experiments.tradeoff:measure_cost",
-                        task={"model": model, "length": length, "method": method, "chunk": chunk},
+                        name=f"{name} {form} {words} {malloc}",
+                        function=f"{__name__}:measure_cost",
+                        task={"model": model, "length": length, "method": method, "chunk": chunk}
+                        | ({"device": device} if device != "cpu" else {}),
                         seconds=_SECONDS.get(name, 3.0),
+                        environment=MALLOC[malloc],
                     )
                 )
+    for name in names:
+        config, length, chunks = _shape(name)
+        timed = _TIMED_IV if name == "IV" else tuple(c for c in chunks if math.log2(c) % 2 == 0)
+        for malloc in ("default", "warm") if device == "cpu" else ("default",):
+            model = dataclasses.asdict(dataclasses.replace(config, form=FORMS[0]))
+            points.append(
+                Point(
+                    experiment=EXPERIMENT,
+                    name=f"{name} {FORMS[0]} time {malloc}",
+                    function=f"{__name__}:measure_times",
+                    task={"model": model, "length": length, "chunks": timed, "rounds": _ROUNDS, "device": device},
+                    seconds=_SECONDS.get(name, 0.2) * (len(timed) + 2) * (_ROUNDS + 1),
+                    environment=MALLOC[malloc],
+                )
+            )
     return points
 
 
-def measure_cost(*, model: dict[str, Any], length: int, method: Method, chunk: int) -> dict[str, Any]:
-    """Peak resident bytes above parameters and gradients, and seconds, of one gradient of batch 1 (Linux).
+def _shape(name: str) -> tuple[PerformerConfig, int, list[int]]:
+    """A configuration's model, its length and its chunks, longest first."""
+    quick = name not in CONFIGURATIONS
+    config, length = (_QUICK, _QUICK_LENGTH) if quick else (get_preset(name).model, get_preset(name).length)
+    chunks = [length >> i for i in range(round(math.log2(length / _SMALLEST_CHUNK)) + 1)]
+    return config, length, chunks[1 :: len(chunks) - 2] if quick else chunks
+
+
+def measure_cost(
+    *, model: dict[str, Any], length: int, method: Method, chunk: int, device: str = "cpu"
+) -> dict[str, Any]:
+    """Peak bytes above parameters and gradients, and seconds, of one gradient of batch 1.
+
+    On the CPU resident bytes (Linux); on CUDA those that torch's allocator gave out.
 
     Returns:
         `peak_bytes` and `seconds`, or None for both and a `note` where the pass would not fit.
     """
     config = PerformerConfig(**model)
     predicted = predict_bytes(config, length, method, chunk)
-    free = _available_bytes()
+    free = _available_bytes(device)
     if free is not None and predicted > 0.9 * free:
         note = f"needs about {predicted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         return {"peak_bytes": None, "seconds": None, "note": note}
     torch.manual_seed(0)
-    performer = Performer(config)
+    performer = Performer(config).to(device)
     few = min(_WARM_UP_TOKENS, length)
     _add(performer, few, method, few // 2)  # loads what torch loads lazily, and makes the gradients
-    before = proc_status("VmRSS")
-    if before is not None:
+    before = _held_bytes(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif before is not None:
         (PROC / "clear_refs").write_text("5")
     performer.zero_grad(set_to_none=True)  # their bytes stay within `before`: the pass makes them anew
     began = perf_counter()
     _add(performer, length, method, chunk)
-    seconds = perf_counter() - began
-    after = proc_status("VmHWM")
+    seconds = _seconds_since(began, device)
+    after = torch.cuda.max_memory_allocated() if device == "cuda" else proc_status("VmHWM")
     peak = None if before is None or after is None else max(after - before, 0)
     return {"peak_bytes": peak, "seconds": seconds, "note": ""}
+
+
+def measure_times(
+    *, model: dict[str, Any], length: int, chunks: list[int], rounds: int, device: str = "cpu"
+) -> dict[str, Any]:
+    """Seconds of one gradient: plain, layers twice and each chunk, in turn, after a round that is not counted.
+
+    Returns:
+        `seconds`: by "plain", "checkpoint" and the chunk, a figure per round.
+    """
+    torch.manual_seed(0)
+    performer = Performer(PerformerConfig(**model)).to(device)
+    methods: dict[str, tuple[Method, int]] = {"plain": ("plain", length), "checkpoint": ("checkpoint", length)}
+    methods |= {str(chunk): ("chunked", chunk) for chunk in chunks}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for round_ in range(rounds + 1):
+        for name, (method, chunk) in methods.items():
+            performer.zero_grad(set_to_none=True)
+            began = perf_counter()
+            _add(performer, length, method, chunk)
+            if round_:
+                seconds[name].append(_seconds_since(began, device))
+    return {"seconds": seconds}
 
 
 def predict_bytes(config: PerformerConfig, length: int, method: Method, chunk: int) -> float:
@@ -117,27 +190,51 @@ def predict_flops(config: PerformerConfig, length: int, method: Method, chunk: i
 
 
 def compare_costs(rows: list[Row]) -> list[Row]:
-    """Each point beside its prediction, and beside plain backpropagation of its configuration and form."""
-    own = [row for row in rows if row["experiment"] == EXPERIMENT]
-    plain = {tuple(row["name"].split()[:2]): row["result"] for row in own if row["task"]["method"] == "plain"}
+    """Each memory point beside its prediction, and beside plain backpropagation of its configuration, form and malloc."""
+    own = [row for row in rows if row["experiment"] == EXPERIMENT and "method" in row["task"]]
+    plain = {_kind(row): row["result"] for row in own if row["task"]["method"] == "plain"}
     table: list[Row] = []
     for row in own:
         task, result = row["task"], row["result"]
-        configuration, form = row["name"].split()[:2]
+        configuration, form, malloc = _kind(row)
         config, how = PerformerConfig(**task["model"]), (task["length"], task["method"], task["chunk"])
-        reference = plain.get((configuration, form), {})
-        bytes_, seconds = result["peak_bytes"], result["seconds"]
-        predicted, flops = predict_bytes(config, *how), predict_flops(config, *how)
-        time_ratio = _ratio(seconds, reference.get("seconds"))
+        bytes_, predicted = result["peak_bytes"], predict_bytes(config, *how)
         table.append({
-            "configuration": configuration, "form": form, "method": task["method"], "chunk": task["chunk"],
-            "length": task["length"], "peak_mb": math.nan if bytes_ is None else bytes_ / 1e6,
+            "configuration": configuration, "form": form, "malloc": malloc, "method": task["method"],
+            "chunk": task["chunk"], "length": task["length"], "peak_mb": math.nan if bytes_ is None else bytes_ / 1e6,
             "predicted_mb": predicted / 1e6, "measured_over_predicted": _ratio(bytes_, predicted),
-            "of_plain_memory": _ratio(bytes_, reference.get("peak_bytes")),
-            "seconds": math.nan if seconds is None else seconds, "of_plain_time": time_ratio,
-            "predicted_flops": flops, "time_over_flops": time_ratio / flops, "note": result["note"],
+            "of_plain_memory": _ratio(bytes_, plain.get(_kind(row), {}).get("peak_bytes")),
+            "seconds": math.nan if result["seconds"] is None else result["seconds"], "note": result["note"],
         })  # fmt: skip
     return table
+
+
+def compare_times(rows: list[Row]) -> list[Row]:
+    """Each method of the time points over plain's time in the same round, beside the FLOPs predicted."""
+    table: list[Row] = []
+    for row in rows:
+        if row["experiment"] != EXPERIMENT or "rounds" not in row["task"]:
+            continue
+        (configuration, form, malloc), task, measured = _kind(row), row["task"], row["result"]["seconds"]
+        config, length = PerformerConfig(**task["model"]), task["length"]
+        for name, seconds in measured.items():
+            method: Method = "chunked" if name.isdigit() else name
+            ratios = [ours / plain for ours, plain in zip(seconds, measured["plain"], strict=True)]
+            flops = predict_flops(config, length, method, int(name) if name.isdigit() else length)
+            table.append({
+                "configuration": configuration, "form": form, "malloc": malloc, "method": method,
+                "chunk": int(name) if name.isdigit() else length, "length": length, "rounds": task["rounds"],
+                "seconds": statistics.median(seconds), "of_plain_time": statistics.median(ratios),
+                "least": min(ratios), "most": max(ratios), "predicted_flops": flops,
+                "time_over_flops": statistics.median(ratios) / flops,
+            })  # fmt: skip
+    return table
+
+
+def _kind(row: Row) -> tuple[str, str, str]:
+    """Configuration, form and setting of malloc."""
+    words = row["name"].split()
+    return words[0], words[1], words[-1]
 
 
 def _ratio(value: float | None, reference: float | None) -> float:
@@ -150,7 +247,19 @@ def _add(model: Performer, length: int, method: Method, chunk: int) -> None:
     add_gradient(model, batch, method=method, chunk=chunk, schedule=None, normalizer=length)
 
 
-def _available_bytes() -> int | None:
+def _seconds_since(began: float, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter() - began
+
+
+def _held_bytes(device: str) -> int | None:
+    return torch.cuda.memory_allocated() if device == "cuda" else proc_status("VmRSS")
+
+
+def _available_bytes(device: str) -> int | None:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
     try:
         lines = (PROC.parent / "meminfo").read_text().splitlines()
     except OSError:
