@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from slimgrad.api import backward, evaluate
-from slimgrad.data import Batch, load_corpus
+from slimgrad.data import Batch
+from slimgrad.experiments.peak import MALLOC
 from slimgrad.experiments.precision import error
 from slimgrad.experiments.programme import Point, Row
+from slimgrad.experiments.regimes import load_text
 from slimgrad.models import Performer
 from slimgrad.train import TrainConfig, open_model
 from slimgrad.train.gradient import Method, add_gradient
@@ -81,7 +83,7 @@ def finetuning_points(
                 function="slimgrad.experiments.tradeoff:measure_cost",
                 task={"model": model, "length": half, "method": method, "chunk": chunk},
                 seconds=4.0,
-                environment={"MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
+                environment=MALLOC["returned"],
             )
         )
     return points
@@ -106,7 +108,7 @@ def adapt(
     """
     model, config = open_model(Path(run))
     assert config is not None
-    text = load_corpus(corpus, data_dir=Path(data_dir) if data_dir else None)
+    text = load_text(corpus, data_dir)
     validation = text.split(validation_bytes=config.validation_bytes, window=config.length).validation
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(len(validation) - config.length, (first + count,), generator=generator)[first:].tolist()
@@ -153,8 +155,9 @@ def compare_finetuning(rows: list[Row]) -> list[Row]:
         found = [result["difference"] for result in results if result["difference"] is not None]
         peak, peak_plain = peaks.get((name, chunk)), plain.get(name)
         table.append({
-            "model": name, "chunk": int(chunk), "rate": rate, "stretches": len(gains), "bits_without": statistics.mean(before),
-            "bits_with": statistics.mean(after), "gain": statistics.mean(gains),
+            "model": name, "chunk": int(chunk), "rate": rate, "stretches": len(gains),
+            "bits_without": statistics.mean(before), "bits_with": statistics.mean(after),
+            "gain": statistics.mean(gains),
             "gain_confidence": _CONFIDENCE * statistics.stdev(gains) / math.sqrt(len(gains)),
             "helped": sum(gain > 0 for gain in gains) / len(gains),
             "largest_gradient_difference": max(found) if found else math.nan,

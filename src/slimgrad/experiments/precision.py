@@ -43,9 +43,9 @@ _Dtype = Literal["float32", "float64"]
 
 
 def precision_points(*, quick: bool = False) -> list[Point]:
-    """A short training run, then every length in chunks of `CHUNK` and one length in every chunk, before and after it."""
+    """A short training run; before and after it, every length in chunks of `CHUNK`, and one length in every chunk."""
     lengths = (1024, 4096) if quick else tuple(1 << i for i in range(10, 21, 2))
-    chunks = (64, 1024) if quick else tuple(1 << i for i in range(4, 14, 1))
+    chunks = (64, 1024) if quick else tuple(1 << i for i in range(4, 14))
     steps = 20 if quick else 400
     training = TrainConfig(
         model=_MODEL, length=1024, steps=steps, chunk=1024, learning_rate=3e-3, eval_every=steps, save_every=steps

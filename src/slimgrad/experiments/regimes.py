@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from slimgrad.data import Corpus, load_corpus
+from slimgrad.errors import InputError
 from slimgrad.train import Row, RunFolder, TrainConfig, train
 from slimgrad.train.files import PARTIAL
 from slimgrad.train.folder import CONFIG, read_record
 
 _CURVE_POINTS = 300
 HALF = "-half"
+BOOKS = "books"
 
 
 def train_regime(
@@ -31,7 +33,7 @@ def train_regime(
     Args:
         folder: the run's folder; where it exists, the run goes on from its latest snapshot.
         config: what `TrainConfig.to_dict` gave.
-        corpus, data_dir: as `load_corpus` takes them; None: the configuration's task needs none.
+        corpus, data_dir: as `load_text` takes them; None: the configuration's task needs none.
         first_half: the folder of a run whose first half is this one's too: it is taken over, not done again.
         keep_half: leave the state after half of the steps beside the folder, for other runs' `first_half`.
 
@@ -40,7 +42,7 @@ def train_regime(
     """
     wanted = TrainConfig.from_dict(config)
     path = Path(folder)
-    text = None if wanted.task == "copying" else load_corpus(corpus, data_dir=Path(data_dir) if data_dir else None)
+    text = None if wanted.task == "copying" else load_text(corpus, data_dir)
     half = Path(f"{path}{HALF}")
     with _open(path, wanted, text, first_half) as run:
 
@@ -52,6 +54,16 @@ def train_regime(
             keep(run.snapshot.step)  # a kill may have come between the snapshot and its copy
         rows = train(wanted, text, lambda row: keep(row.step), run=run).rows
     return summarize(rows)
+
+
+def load_text(corpus: str | None, data_dir: str | None) -> Corpus:
+    """A corpus with a name, or "books": the folder of that name in `data_dir`."""
+    folder = Path(data_dir) if data_dir else None
+    if corpus != BOOKS:
+        return load_corpus(corpus, data_dir=folder)
+    if folder is None:
+        raise InputError("books: expected --data-dir with a folder named books in it. Name it, or take enwik8")
+    return load_corpus(folder / BOOKS)
 
 
 def summarize(rows: list[Row]) -> dict[str, Any]:

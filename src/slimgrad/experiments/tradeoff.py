@@ -2,8 +2,8 @@
 
 A memory point is one gradient of a fresh model over random tokens in a process of its own. A time point is a process
 too: plain and several chunks in turn, round after round, so that what disturbs one disturbs all. Settings of glibc's
-malloc (`MALLOC`) are the process' environment. Beside each measured figure stands a predicted one, in floats of 4 bytes per token of what lives at once, with s layers of width d, h heads, M features per
-head and a vocabulary V:
+malloc (`peak.MALLOC`) are the process' environment. Beside each measured figure stands a predicted one, in floats of 4
+bytes per token of what lives at once, with s layers of width d, h heads, M features per head and a vocabulary V:
 
     a layer's graph      A = 17 d + h + 4 (blocked)    19 d + 3 h + 4 (iterative)    (19 + M) d + h + 4 (prefix sum)
     the last layer's way back      E = max(4 V + d, 5.5 d)    prefix sum: (3 M - 9) d, states per token
@@ -19,31 +19,24 @@ the matrix products against plain backpropagation's: 4/3 with layers computed tw
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
-from time import perf_counter
 from typing import Any
 
 import torch
 
 from slimgrad.data import Batch
+from slimgrad.experiments.peak import MALLOC, available_bytes, measure_in_turn, measure_peak
 from slimgrad.experiments.programme import Point, Row
 from slimgrad.models import Performer, PerformerConfig, get_preset
 from slimgrad.train.gradient import Method, add_gradient
-from slimgrad.train.memory import PROC, proc_status
 
 EXPERIMENT = "tradeoff"
 CONFIGURATIONS = ("I", "II", "III", "IV")
 FORMS = ("blocked", "iterative", "prefix_sum")
 _SMALLEST_CHUNK = 16
 _WARM_UP_TOKENS = 64
-# default: as a user finds it. returned: blocks from 1 MiB up are mapped one by one, and so returned when they are freed;
-# resident memory is then what is in use. warm: nothing that was freed is returned, so nothing is faulted in twice.
-MALLOC = {
-    "default": {},
-    "returned": {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
-    "warm": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 36)},
-}
 _SECONDS = {"I": 12.0, "II": 4.0, "III": 16.0, "IV": 60.0}  # of one gradient, on one core
 _ROUNDS = 3
 _TIMED_IV = (256, 4096)  # a gradient of IV takes a minute
@@ -120,7 +113,7 @@ def measure_cost(
     """
     config = PerformerConfig(**model)
     predicted = predict_bytes(config, length, method, chunk)
-    free = _available_bytes(device)
+    free = available_bytes(device)
     if free is not None and predicted > 0.9 * free:
         note = f"needs about {predicted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         return {"peak_bytes": None, "seconds": None, "note": note}
@@ -128,18 +121,8 @@ def measure_cost(
     performer = Performer(config).to(device)
     few = min(_WARM_UP_TOKENS, length)
     _add(performer, few, method, few // 2)  # loads what torch loads lazily, and makes the gradients
-    before = _held_bytes(device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif before is not None:
-        (PROC / "clear_refs").write_text("5")
-    performer.zero_grad(set_to_none=True)  # their bytes stay within `before`: the pass makes them anew
-    began = perf_counter()
-    _add(performer, length, method, chunk)
-    seconds = _seconds_since(began, device)
-    after = torch.cuda.max_memory_allocated() if device == "cuda" else proc_status("VmHWM")
-    peak = None if before is None or after is None else max(after - before, 0)
-    return {"peak_bytes": peak, "seconds": seconds, "note": ""}
+    # the gradients' bytes stay within what is held before: the pass makes them anew
+    return measure_peak(lambda: _add(performer, length, method, chunk), device)._asdict() | {"note": ""}
 
 
 def measure_times(
@@ -154,15 +137,8 @@ def measure_times(
     performer = Performer(PerformerConfig(**model)).to(device)
     methods: dict[str, tuple[Method, int]] = {"plain": ("plain", length), "checkpoint": ("checkpoint", length)}
     methods |= {str(chunk): ("chunked", chunk) for chunk in chunks}
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for round_ in range(rounds + 1):
-        for name, (method, chunk) in methods.items():
-            performer.zero_grad(set_to_none=True)
-            began = perf_counter()
-            _add(performer, length, method, chunk)
-            if round_:
-                seconds[name].append(_seconds_since(began, device))
-    return {"seconds": seconds}
+    works = {name: functools.partial(_add, performer, length, *how) for name, how in methods.items()}
+    return {"seconds": measure_in_turn(works, rounds, device)}
 
 
 def predict_bytes(config: PerformerConfig, length: int, method: Method, chunk: int) -> float:
@@ -190,7 +166,7 @@ def predict_flops(config: PerformerConfig, length: int, method: Method, chunk: i
 
 
 def compare_costs(rows: list[Row]) -> list[Row]:
-    """Each memory point beside its prediction, and beside plain backpropagation of its configuration, form and malloc."""
+    """Each memory point beside its prediction, and beside plain backpropagation of its configuration and form."""
     own = [row for row in rows if row["experiment"] == EXPERIMENT and "method" in row["task"]]
     plain = {_kind(row): row["result"] for row in own if row["task"]["method"] == "plain"}
     table: list[Row] = []
@@ -242,26 +218,7 @@ def _ratio(value: float | None, reference: float | None) -> float:
 
 
 def _add(model: Performer, length: int, method: Method, chunk: int) -> None:
+    model.zero_grad(set_to_none=True)
     tokens = torch.randint(256, (1, length + 1), dtype=torch.uint8)
     batch = Batch(tokens[:, :-1], tokens[:, 1:].to(torch.int16))
     add_gradient(model, batch, method=method, chunk=chunk, schedule=None, normalizer=length)
-
-
-def _seconds_since(began: float, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return perf_counter() - began
-
-
-def _held_bytes(device: str) -> int | None:
-    return torch.cuda.memory_allocated() if device == "cuda" else proc_status("VmRSS")
-
-
-def _available_bytes(device: str) -> int | None:
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        lines = (PROC.parent / "meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
