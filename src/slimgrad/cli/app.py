@@ -16,6 +16,19 @@ import typer
 
 from slimgrad.errors import InputError, SlimgradError
 
+EXPERIMENTS = (
+    "tradeoff",
+    "precision",
+    "copying",
+    "ptb",
+    "enwik8",
+    "books",
+    "finetuning",
+    "horizon",
+    "lengths",
+    "schedules",
+)
+
 app = typer.Typer(
     name="slimgrad",
     help="Exact gradients of causal sequence models over sequences of any length, in the memory you state.",
@@ -229,16 +242,19 @@ def verify(
 
 @app.command()
 def reproduce(
-    only: Annotated[list[str] | None, typer.Option(help="These parts alone: tradeoff, copying, ptb.")] = None,
-    scale: Annotated[float, typer.Option(help="Share of the published steps, the same for every run.")] = 0.05,
-    quick: Annotated[bool, typer.Option(help="A look at it in minutes: short runs on short sequences.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help=f"These parts alone: {', '.join(EXPERIMENTS)}.")] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(help="Share of the published steps, for every run.", show_default="copying 1, others 0.05"),
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="All of it in small, in minutes, on what Python carries.")] = False,
     out: Annotated[
         Path | None,
         typer.Option(help="For rows and report; one begun before goes on.", show_default="runs/reproduce"),
     ] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Two of the paper's experiments, with a report: memory and time against the chunk; training chunked or plain."""
+    """The paper's experiments and more, point by point, with a report. The same command again goes on."""
     with one_clear_message():
         from slimgrad.cli.reproducing import run_programme
 

@@ -10,49 +10,34 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from slimgrad.errors import InputError, RunError
-from slimgrad.experiments.compatibility import CHUNKS, compatibility_points
-from slimgrad.experiments.programme import Point, Progress, run_points
+from slimgrad.experiments.catalogue import NAMES, all_points
+from slimgrad.experiments.programme import Done, run_points
 from slimgrad.experiments.report import write_report
-from slimgrad.experiments.tradeoff import EXPERIMENT as TRADEOFF
-from slimgrad.experiments.tradeoff import tradeoff_points
 from slimgrad.train import Interrupted, Stop
 
 PROGRAMME = "programme.json"
-_QUICK_SCALE, _QUICK_LENGTH = 0.002, 64
 
 
-def run_programme(*, only: list[str], scale: float, quick: bool, out: Path | None, data_dir: Path | None) -> None:
+def run_programme(
+    *, only: list[str], scale: float | None, quick: bool, out: Path | None, data_dir: Path | None
+) -> None:
     """Do what is left of the programme in `out`, and write the report."""
-    known = [TRADEOFF, *CHUNKS]
-    unknown = [name for name in only if name not in known]
+    unknown = [name for name in only if name not in NAMES]
     if unknown:
-        raise InputError(f"--only {unknown[0]}: expected one of {', '.join(known)}")
-    chosen = only or ([TRADEOFF, "copying"] if quick else known)
-    if quick:
-        scale = _QUICK_SCALE
+        raise InputError(f"--only {unknown[0]}: expected one of {', '.join(NAMES)}")
     out = (out or Path("runs", "reproduce-quick" if quick else "reproduce")).absolute()
-    length = _QUICK_LENGTH if quick else 0
-    points: list[Point] = tradeoff_points(quick=quick) if TRADEOFF in chosen else []
-    for task in chosen:
-        if task == TRADEOFF:
-            continue
-        points += compatibility_points(task, scale=scale, length=length)
+    points = all_points(only=only, scale=scale, quick=quick, data_dir=data_dir)
+    if not points:
+        raise InputError(f"--only {', '.join(only)}: no such part with --quick. Leave one of them out")
     _require_own(out, {"scale": scale, "quick": quick})
     console = Console(highlight=False)
-
-    def report(progress: Progress) -> None:
-        left = timedelta(seconds=round(progress.seconds_left))
-        what = progress.point.name if progress.point else "all done"
-        console.print(f"{progress.done:>3} of {progress.total}  [bold]{what}[/], about {left} left")
-
     try:
-        with FileLock(out / ".lock", timeout=0):
-            stop = Stop()
-            with stop.listening():
-                rows = run_points(points, out, report, stop, data_dir)
-            page = write_report(rows, out, shlex.join(["slimgrad", *sys.argv[1:]]))
+        with FileLock(out / ".lock", timeout=0), Stop().listening() as stop, _Display(console) as display:
+            rows = run_points(points, out, display.show, stop, data_dir)
+        page = write_report(rows, out, shlex.join(["slimgrad", *sys.argv[1:]]))
     except Interrupted as interrupted:
         interrupted.add_note(f"what is done is kept in {out}. Go on: the same command again")
         raise
@@ -65,6 +50,31 @@ def run_programme(*, only: list[str], scale: float, quick: bool, out: Path | Non
             f"{len(failed)} of {len(rows)} points failed: {', '.join(failed)}. The report gives the reasons; the same "
             "command tries them again"
         )
+
+
+class _Display:
+    """A line per point, and on a terminal a bar over the whole programme below them."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("")
+
+    def __enter__(self) -> _Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, done: Done) -> None:
+        """Told before each point."""
+        left = timedelta(seconds=round(done.seconds_left))
+        what = f"{done.point.experiment} {done.point.name}" if done.point else "all done"
+        self._console.print(f"{done.done:>3} of {done.total}  [bold]{what}[/], about {left} left")
+        share = 1 - done.seconds_left / done.seconds_total if done.seconds_total else 1.0
+        self._bar.update(self._task, completed=100 * share, description=f"{what}, about {left} left")
 
 
 def _require_own(out: Path, settings: dict[str, object]) -> None:

@@ -7,6 +7,7 @@ between regimes is to be held against. The first half of the mixed regimes is th
 from __future__ import annotations
 
 import math
+import statistics
 
 from slimgrad.errors import InputError
 from slimgrad.experiments.programme import Point, Row
@@ -86,7 +87,7 @@ def plain_run(task: str) -> str:
 
 
 def compare(rows: list[Row]) -> list[Row]:
-    """Each run beside the plain one of its task: how far its curve is from it, at most and on the mean, in bits.
+    """Each run beside the plain one of its task: how far its curve is from it, in bits: at most, mean, median.
 
     Runs with another seed are the noise.
     """
@@ -106,11 +107,13 @@ def compare(rows: list[Row]) -> list[Row]:
             "minutes": result["seconds"] / 60,
             "curve_largest": math.nan,
             "curve_mean": math.nan,
+            "curve_median": math.nan,
             "validation_largest": math.nan,
         }
         if reference is not None and reference["steps"] == result["steps"]:
             training = [abs(a - b) for a, b in zip(result["bits"], reference["bits"], strict=True)]
-            entry["curve_largest"], entry["curve_mean"] = max(training), sum(training) / len(training)
+            entry["curve_largest"], entry["curve_mean"] = max(training), statistics.mean(training)
+            entry["curve_median"] = statistics.median(training)
             pairs = zip(result["validation_bits"], reference["validation_bits"], strict=True)
             entry["validation_largest"] = max(abs(a - b) for a, b in pairs)
         table.append(entry)

@@ -54,17 +54,18 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class Done:
     """Where a programme stands, told before each point and once at the end (`point` is None then)."""
 
     done: int
     total: int
     seconds_left: float
+    seconds_total: float
     point: Point | None
 
 
 def run_points(
-    points: list[Point], out: Path, report: Callable[[Progress], None], stop: Stop, data_dir: Path | None = None
+    points: list[Point], out: Path, report: Callable[[Done], None], stop: Stop, data_dir: Path | None = None
 ) -> list[Row]:
     """Do the points that have no good row yet, in order, and return the rows of all.
 
@@ -81,21 +82,26 @@ def run_points(
     """
     folder = out / "points"
     folder.mkdir(parents=True, exist_ok=True)
+    total = sum(point.seconds for point in points)
     speed = 1.0  # seconds taken over seconds expected, so far
     taken = expected = 0.0
     for index, point in enumerate(points):
         if _good(folder / point.file):
             continue
         left = sum(p.seconds for p in points[index:] if not _good(folder / p.file))
-        report(Progress(done=index, total=len(points), seconds_left=left * speed, point=point))
+        report(_done(index, points, left * speed, total * speed, point))
         began = time.perf_counter()
         row = _run(point, out, stop, data_dir)
         row["seconds"] = time.perf_counter() - began
         write_atomically(folder / point.file, (json.dumps(row, indent=1) + "\n").encode())
         taken, expected = taken + row["seconds"], expected + point.seconds
         speed = taken / expected
-    report(Progress(done=len(points), total=len(points), seconds_left=0.0, point=None))
+    report(_done(len(points), points, 0.0, total * speed, None))
     return list(_rows(folder / point.file for point in points))
+
+
+def _done(index: int, points: list[Point], left: float, total: float, point: Point | None) -> Done:
+    return Done(done=index, total=len(points), seconds_left=left, seconds_total=total, point=point)
 
 
 def _run(point: Point, out: Path, stop: Stop, data_dir: Path | None) -> Row:
