@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from slimgrad.experiments.programme import Point, Progress, run_points
+from slimgrad.experiments.programme import Done, Point, run_points
 from slimgrad.train import Stop
 
 BROKEN = Point(
@@ -15,8 +15,8 @@ BROKEN = Point(
 ROOT = Point(experiment="arithmetic", name="none", function="builtins:dict", task={"value": 3}, seconds=1)
 
 
-def run(points: list[Point], out: Path) -> tuple[list[dict[str, object]], list[Progress]]:
-    seen: list[Progress] = []
+def run(points: list[Point], out: Path) -> tuple[list[dict[str, object]], list[Done]]:
+    seen: list[Done] = []
     return run_points(points, out, seen.append, Stop()), seen
 
 

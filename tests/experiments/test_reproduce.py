@@ -10,9 +10,13 @@ import pytest
 import torch
 from benchmarks.measure import LiveBytes
 
+from slimgrad.cli.app import EXPERIMENTS
 from slimgrad.data import Batch
-from slimgrad.experiments.compatibility import compare, compatibility_points
-from slimgrad.experiments.regimes import train_regime
+from slimgrad.errors import InputError
+from slimgrad.experiments.catalogue import NAMES, all_points
+from slimgrad.experiments.compatibility import compatibility_points
+from slimgrad.experiments.regimes import load_text, train_regime
+from slimgrad.experiments.report import TABLES
 from slimgrad.experiments.tradeoff import predict_bytes, tradeoff_points
 from slimgrad.models import Performer, PerformerConfig, get_preset
 from slimgrad.train import config_for
@@ -26,17 +30,15 @@ def test_quick_from_nothing_then_again(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     succeed("reproduce", "--quick", "--out", out)
     rows = json.loads((out / "rows.json").read_text())["rows"]
-    assert len(rows) == 12 + 6
-    assert all("result" in row for row in rows)
-    assert len((out / "tradeoff.csv").read_text().splitlines()) == 1 + 12
-    runs = [row for row in rows if row["experiment"] == "compatibility"]
-    table = {entry["regime"]: entry for entry in compare(runs)}
-    noise = table["plain-seed1"]["curve_mean"]
-    others = [entry["curve_mean"] for name, entry in table.items() if not name.startswith("plain")]
-    assert len(others) == 4
-    assert 0 < max(others) < noise / 100
+    assert [row["name"] for row in rows if "result" not in row] == []
+    found = {name: make(rows) for name, make in TABLES.items()}
+    assert {name: len(table) for name, table in found.items()} == QUICK
+    for name, table in found.items():
+        assert len((out / f"{name}.csv").read_text().splitlines()) == 1 + len(table)
+    check_what_it_shows(found)
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 1 + 2 + 1 + 1 + 1
+    assert all(f'<h2 id="{chapter}">' in page for chapter in ("a", "b", "c", "d", "e1", "e2", "e3"))
     assert "src=" not in page
     assert "<link" not in page
     written = {file: file.stat().st_mtime_ns for file in (out / "points").iterdir()}
@@ -45,18 +47,70 @@ def test_quick_from_nothing_then_again(tmp_path: Path, monkeypatch: pytest.Monke
     assert "found {'scale'" in refuse(INPUT, "reproduce", "--out", out)
 
 
+# lines of each table: configurations x forms x ways; ways x (lengths + chunks) x weights; regimes; ...
+QUICK = {
+    "tradeoff-memory": 3 * 4,
+    "tradeoff-time": 2 * 3,
+    "precision": 2 * 3 * (2 + 2),
+    "compatibility": 6,
+    "finetuning": 2 + 2,
+    "horizon": 2 * 2,
+    "lengths": 4 * 2,
+    "schedules": 5,
+}
+
+
+def check_what_it_shows(found: dict[str, list[dict[str, object]]]) -> None:
+    """The claims, in small: what the report would be read for."""
+    runs = {entry["regime"]: entry for entry in found["compatibility"]}
+    others = [entry["curve_mean"] for name, entry in runs.items() if not name.startswith("plain")]
+    assert len(others) == 4
+    assert 0 < max(others) < runs["plain-seed1"]["curve_mean"] / 100
+    ours = [entry for entry in found["precision"] if entry["way"] == "slimgrad"]
+    assert max(entry["error"] for entry in ours) < 1e-6  # at most 4e-7 was measured
+    right = {(entry["horizon"], entry["gradient"]): entry["accuracy"] for entry in found["horizon"]}
+    assert right[64, "exact"] == right[64, "truncated"]  # one chunk: the same computation
+    assert right[128, "exact"] > 0.9 > 0.3 > right[128, "truncated"]
+    assert max(entry["largest_gradient_difference"] for entry in found["finetuning"] if entry["rate"] == 0.01) < 1e-5
+    peaks = {(entry["state"], entry["method"]): entry["peak_mb"] for entry in found["lengths"]}
+    for state in ("sums", "gates", "window", "cache"):
+        assert peaks[state, "chunked"] < peaks[state, "plain"] / 2
+    assert all(entry["same_bits"] for entry in found["schedules"])
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    assert "tradeoff, copying, ptb" in refuse(INPUT, "reproduce", "--only", "speech", "--out", tmp_path / "out")
-    assert "at most 1" in refuse(INPUT, "reproduce", "--scale", 2, "--out", tmp_path / "out")
+    out = tmp_path / "out"
+    assert f"expected one of {', '.join(NAMES)}" in refuse(INPUT, "reproduce", "--only", "speech", "--out", out)
+    assert "at most 1" in refuse(INPUT, "reproduce", "--scale", 2, "--out", out)
+    assert "Leave one of them out" in refuse(INPUT, "reproduce", "--quick", "--only", "ptb", "--out", out)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     assert "Name another folder" in refuse(INPUT, "reproduce", "--quick", "--out", tmp_path / "mine")
 
 
+def test_the_help_names_every_part() -> None:
+    assert NAMES == EXPERIMENTS
+
+
+def test_the_programme_fits_the_machine(tmp_path: Path) -> None:
+    points = all_points(only=[])
+    assert len({point.file for point in points}) == len(points)
+    assert not [point.name for point in points if point.name.startswith(("enwik8", "books"))]  # days, without a GPU
+    books = all_points(only=["books"], data_dir=tmp_path)
+    assert {point.task["config"]["steps"] for point in books} == {5000}
+    assert {point.task["corpus"] for point in books} == {"books"}
+    with pytest.raises(InputError, match="a folder named books"):
+        load_text("books", None)
+    adapted = all_points(only=["finetuning"])
+    assert adapted[0].name == "ptb plain-seed0"  # the model that is adapted is trained first
+    assert sum(point.task["count"] for point in adapted if " 256 rate 0.01 " in point.name) == 5000
+
+
 def test_every_point_of_the_trade_off_is_there_once() -> None:
     points = tradeoff_points()
-    # plain, layers twice, and the powers of two from 16 to L: 10, 7, 9 and 11 of them, in three forms
-    assert len({point.file for point in points}) == len(points) == 3 * (4 * 2 + 10 + 7 + 9 + 11)
+    # plain, layers twice, and the powers of two from 16 to L: 10, 7, 9 and 11 of them, in three forms, one form twice;
+    # then times, with two settings of malloc
+    assert len({point.file for point in points}) == len(points) == (3 + 1) * (4 * 2 + 10 + 7 + 9 + 11) + 4 * 2
 
 
 @pytest.mark.parametrize("form", ["blocked", "iterative", "prefix_sum"])
@@ -90,7 +144,7 @@ def test_published_settings_and_one_share_for_all() -> None:
         assert {point.task["config"]["steps"] for point in full} == {steps}
         short = compatibility_points(task, scale=0.05)
         assert {point.task["config"]["steps"] for point in short} == {steps // 20}
-        assert len({point.file for point in (*full, *short)}) == 12
+        assert len({point.file for point in (*full, *short)}) == 2 * len(full)
 
 
 def test_a_first_half_survives_a_kill_before_its_copy(tmp_path: Path) -> None:

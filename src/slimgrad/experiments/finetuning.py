@@ -49,7 +49,7 @@ def finetuning_points(
         quick: few stretches.
     """
     half = config.length // 2
-    chunks = [half >> i for i in (1, 2, 3, 5)]  # the first is the one with many stretches
+    chunks = [half >> i for i in ((1, 3) if quick else (1, 2, 3, 5))]  # the first is the one with many stretches
     stretches, piece = (8, 4) if quick else (_STRETCHES, _OTHERS)
     points: list[Point] = []
 

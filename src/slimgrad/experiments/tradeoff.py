@@ -56,8 +56,10 @@ def tradeoff_points(*, quick: bool = False, device: str = "cpu") -> list[Point]:
     """
     points: list[Point] = []
     names = ("small",) if quick else CONFIGURATIONS
-    kinds = [("returned", form) for form in FORMS] + [("default", FORMS[0])]
-    for malloc, form in kinds if device == "cpu" else [("default", form) for form in FORMS]:
+    kinds = [("returned" if device == "cpu" else "default", form) for form in FORMS]
+    if device == "cpu" and not quick:
+        kinds.append(("default", FORMS[0]))
+    for malloc, form in kinds:
         for name in names:
             config, length, chunks = _shape(name)
             model = dataclasses.asdict(dataclasses.replace(config, form=form))
