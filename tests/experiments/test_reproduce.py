@@ -37,7 +37,7 @@ def test_quick_from_nothing_then_again(tmp_path: Path, monkeypatch: pytest.Monke
         assert len((out / f"{name}.csv").read_text().splitlines()) == 1 + len(table)
     check_what_it_shows(found)
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 1 + 2 + 1 + 1 + 1
+    assert page.count("<svg") == 1 + 3 + 1 + 1 + 1
     assert all(f'<h2 id="{chapter}">' in page for chapter in ("a", "b", "c", "d", "e1", "e2", "e3"))
     assert "src=" not in page
     assert "<link" not in page
@@ -52,6 +52,7 @@ QUICK = {
     "tradeoff-memory": 3 * 4,
     "tradeoff-time": 2 * 3,
     "precision": 2 * 3 * (2 + 2),
+    "precision-drift": 2 * 3,
     "compatibility": 6,
     "finetuning": 2 + 2,
     "horizon": 2 * 2,

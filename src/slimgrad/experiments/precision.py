@@ -10,7 +10,8 @@ itself, in plain backpropagation. The error is || g - truth || / || truth || ove
 | subtracted, float64 | the same in float64 | added up in float32 |
 | slimgrad | fixed point, bit for bit | as `sg.backward` gathers them |
 
-Subtraction loses what the addition rounded away, once per chunk, and carries the loss on to all chunks before.
+Subtraction loses what the addition rounded away, once per chunk, and carries the loss on to all chunks before. How
+much of the state is lost so, the drift, is what is left of it before the first chunk, where it should be zero.
 """
 
 from __future__ import annotations
@@ -71,6 +72,16 @@ def precision_points(*, quick: bool = False) -> list[Point]:
             )
             for length, of in sizes
         ]
+    points += [
+        Point(
+            experiment=EXPERIMENT,
+            name=f"fresh drift {length}",
+            function=f"{__name__}:measure_drift",
+            task={"length": length, "chunk": CHUNK},
+            seconds=2 + length / 8000,
+        )
+        for length in lengths
+    ]
     return points
 
 
@@ -86,8 +97,7 @@ def measure_precision(*, run: str | None, length: int, chunks: list[int]) -> dic
         `plain`: its error; `ways`: by name and chunk, theirs; `truth_off`: how far slimgrad in float64 is from plain
         backpropagation in float64 (None: it is the truth itself here).
     """
-    text = load_corpus().text.read(0, min(length + 1, len(load_corpus().text)))
-    tokens = text.repeat(math.ceil((length + 1) / len(text)))[: length + 1][None]
+    tokens = _tokens(length)
     model = _fresh() if run is None else open_model(Path(run))[0]
     wide = _fresh().double()
     wide.load_state_dict(model.state_dict())
@@ -102,6 +112,21 @@ def measure_precision(*, run: str | None, length: int, chunks: list[int]) -> dic
             ways[name][str(chunk)] = error(subtracted(model, tokens, chunk, dtype), truth)
         ways["slimgrad"][str(chunk)] = error(chunked(model, tokens, chunk), truth)
     return {"plain": error(plain(model, tokens), truth), "ways": ways, "truth_off": truth_off}
+
+
+def measure_drift(*, length: int, chunk: int) -> dict[str, Any]:
+    """Drift by way: || state rolled back to the beginning || / || state at the end ||, of all sums together.
+
+    slimgrad compares every rebuilt state with the first sweep's in every bit and raises where they differ: that it
+    came through is what its zero stands for.
+    """
+    model, tokens = _fresh(), _tokens(length)
+    chunked(model, tokens, chunk)
+    drift = {"slimgrad": 0.0}
+    for name, dtype in (("subtracted, float32", torch.float32), ("subtracted, float64", torch.float64)):
+        drift[name] = _sweep_subtracting(model, tokens, chunk, dtype)
+    model.zero_grad(set_to_none=True)
+    return {"drift": drift}
 
 
 def plain(model: Performer, tokens: Tensor) -> list[Tensor]:
@@ -125,6 +150,7 @@ class _Subtracted:
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
         self.total = torch.zeros_like(like, dtype=dtype)
         self.back = self.first = False
+        self.left = 0.0  # of the sum before the first chunk, which should be zero
         self.before: Tensor | None = None
         self.after: Tensor | None = None
         self.adjoint: Tensor | None = None
@@ -134,7 +160,9 @@ class _Subtracted:
         if not self.back:
             before, self.total = self.total.to(delta.dtype), self.total + change
             return before, PrefixSum(self.total.to(delta.dtype))
-        self.total = torch.zeros_like(self.total) if self.first else self.total - change  # zeros as published
+        self.total = self.total - change
+        if self.first:  # zeros, as published
+            self.left, self.total = float(self.total.norm()), torch.zeros_like(self.total)
         self.before = self.total.detach().to(delta.dtype).requires_grad_(delta.requires_grad)
         self.after = self.before + delta
         return self.before, PrefixSum(self.after)
@@ -143,12 +171,20 @@ class _Subtracted:
 def subtracted(model: Performer, tokens: Tensor, chunk: int, dtype: torch.dtype) -> list[Tensor]:
     """Algorithm 1 as published: sums that are rolled back by subtraction, in `dtype`."""
     model.zero_grad(set_to_none=True)
+    _sweep_subtracting(model, tokens, chunk, dtype)
+    return _taken(model)
+
+
+def _sweep_subtracting(model: Performer, tokens: Tensor, chunk: int, dtype: torch.dtype) -> float:
+    """Both sweeps: gradients are added to `.grad`; returns the drift."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:].long()
     start = model.initial_state(1)
     sums = [tuple(_Subtracted(one.value, dtype) for one in layer) for layer in start["layers"]]
     flat = [one for layer in sums for one in layer]
     begins = range(0, inputs.shape[1], chunk)
+    end = 0.0
     for back in (False, True):
+        end = end or math.hypot(*(float(one.total.norm()) for one in flat))
         for one in flat:
             one.back = back
         for begin in reversed(begins) if back else begins:
@@ -168,7 +204,7 @@ def subtracted(model: Performer, tokens: Tensor, chunk: int, dtype: torch.dtype)
                 torch.autograd.backward([loss, *(after for after, _ in roots)], [None, *(g for _, g in roots)])
             for one in flat:
                 one.adjoint = None if one.before is None else one.before.grad
-    return _taken(model)
+    return math.hypot(*(one.left for one in flat)) / end
 
 
 def error(gradients: list[Tensor], truth: list[Tensor]) -> float:
@@ -192,6 +228,28 @@ def compare_precision(rows: list[Row]) -> list[Row]:
                     "of_plain_float32": found / row["result"]["plain"],
                 })  # fmt: skip
     return table
+
+
+def compare_drift(rows: list[Row]) -> list[Row]:
+    """A line per length and way."""
+    return [
+        {
+            "length": row["task"]["length"],
+            "chunks": math.ceil(row["task"]["length"] / row["task"]["chunk"]),
+            "way": way,
+            "drift": drift,
+        }
+        for row in rows
+        if row["experiment"] == EXPERIMENT and "drift" in row["result"]
+        for way, drift in row["result"]["drift"].items()
+    ]
+
+
+def _tokens(length: int) -> Tensor:
+    """Text that Python carries, repeated where it is too short, `[1, length + 1]`."""
+    text = load_corpus().text
+    start = text.read(0, min(length + 1, len(text)))
+    return start.repeat(math.ceil((length + 1) / len(start)))[: length + 1][None]
 
 
 def _fresh() -> Performer:

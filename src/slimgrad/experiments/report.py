@@ -19,7 +19,7 @@ from slimgrad.experiments.horizon import compare_horizons
 from slimgrad.experiments.lengths import LENGTHS, SCHEDULES, compare_lengths, compare_schedules
 from slimgrad.experiments.page import page
 from slimgrad.experiments.precision import EXPERIMENT as PRECISION
-from slimgrad.experiments.precision import compare_precision
+from slimgrad.experiments.precision import compare_drift, compare_precision
 from slimgrad.experiments.programme import Row
 from slimgrad.experiments.tradeoff import EXPERIMENT as TRADEOFF
 from slimgrad.experiments.tradeoff import compare_costs, compare_times
@@ -30,6 +30,7 @@ TABLES: dict[str, Callable[[list[Row]], list[Row]]] = {
     f"{TRADEOFF}-memory": compare_costs,
     f"{TRADEOFF}-time": compare_times,
     PRECISION: compare_precision,
+    f"{PRECISION}-drift": compare_drift,
     COMPATIBILITY: lambda rows: compare([row for row in rows if row["experiment"] == COMPATIBILITY]),
     FINETUNING: compare_finetuning,
     HORIZON: compare_horizons,
@@ -56,7 +57,7 @@ def write_report(rows: list[Row], out: Path, command: str) -> Path:
     chapters = [
         ("a", "Trade-off: memory and time against the chunk", sections.tradeoff(
             tables[f"{TRADEOFF}-memory"], tables[f"{TRADEOFF}-time"])),
-        ("b", "Precision", sections.precision(tables[PRECISION], good)),
+        ("b", "Precision", sections.precision(tables[PRECISION], tables[f"{PRECISION}-drift"], good)),
         ("c", "Backward compatibility", sections.compatibility(tables[COMPATIBILITY], good)),
         ("d", "Fine-tuning on a small device", sections.finetuning(tables[FINETUNING])),
         ("e1", "Beyond the paper: exact against truncated gradients", sections.horizon(tables[HORIZON], good)),

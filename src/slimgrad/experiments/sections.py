@@ -48,6 +48,10 @@ _ERRORS: Columns = {
     "way": ("way", words), "error": ("error", power), "plain_float32": ("plain float32's error", power),
     "of_plain_float32": ("of plain float32's", fixed(2)),
 }  # fmt: skip
+_DRIFT = """<p>What is left of the state when it was rolled back to the beginning, over the state at the end.</p>"""
+_DRIFTS: Columns = {
+    "length": ("tokens", whole), "chunks": ("chunks", whole), "way": ("way", words), "drift": ("drift", power),
+}  # fmt: skip
 _RUNS: Columns = {
     "regime": ("regime", words), "steps": ("steps", whole), "share": ("of the published", percent),
     "final_bits": ("validation, bits per byte", fixed(4)), "final_accuracy": ("right", percent),
@@ -111,8 +115,8 @@ def tradeoff(costs: list[Row], times: list[Row]) -> str:
     return "".join(parts)
 
 
-def precision(entries: list[Row], rows: list[Row]) -> str:
-    """Errors over the length and over the chunk."""
+def precision(entries: list[Row], drifts: list[Row], rows: list[Row]) -> str:
+    """Errors over the length and over the chunk, and the drift of the state."""
     if not entries:
         return ""
     off = [row["result"]["truth_off"] for row in rows if row["experiment"] == PRECISION and "chunks" in row["task"]]
@@ -123,6 +127,7 @@ def precision(entries: list[Row], rows: list[Row]) -> str:
         drawings = [_draw_errors(own[over], *axis) for over, axis in _AXES.items() if own[over]]
         parts.append(f"<h3>{weights} weights</h3>{figure(f'errors with {weights} weights', *drawings)}")
     ours = [entry for entry in entries if entry["way"] == "slimgrad" and entry["over"] == "lengths"]
+    parts.append(_draw_drift(drifts))
     return "".join([*parts, table(ours, _ERRORS), table(entries, _ERRORS, folded="Every way")])
 
 
@@ -262,6 +267,19 @@ def _draw_errors(entries: list[Row], axis: str, label: str) -> Callable[[Any], N
             axes.set_ylim(low / 3, high * 3)
 
     return draw
+
+
+def _draw_drift(drifts: list[Row]) -> str:
+    def draw(axes: Any) -> None:
+        for colour, way in zip(COLOURS, dict.fromkeys(entry["way"] for entry in drifts), strict=False):
+            own = [entry for entry in drifts if entry["way"] == way]
+            axes.plot([e["chunks"] for e in own], [e["drift"] for e in own], "o-", color=colour, label=way)
+        axes.set(xlabel="chunks", ylabel="drift", xscale="log")
+        axes.set_yscale("symlog", linthresh=1e-17)
+
+    if not drifts:
+        return ""
+    return f"<h3>Drift of the state</h3>{_DRIFT}{figure('drift of the state', draw)}{table(drifts, _DRIFTS)}"
 
 
 def _draw_runs(runs: list[Row]) -> list[Callable[[Any], None]]:
