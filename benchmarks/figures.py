@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import RESULTS
+from slimgrad.experiments import report
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
@@ -146,6 +147,50 @@ TABLES = {
 }
 
 
+def reproduce_table(results: dict[str, Any]) -> str:
+    """One line for each of the paper's experiments, and for what stands beyond them."""
+    found = {name: make([row for row in results["rows"] if "result" in row]) for name, make in report.TABLES.items()}
+    costs = [
+        f"{cost['configuration']}: {cost['of_plain_memory']:.3f} of plain's memory"
+        for cost in found["tradeoff-memory"]
+        if (cost["form"], cost["malloc"], cost["method"], cost["chunk"]) == ("blocked", "returned", "chunked", 256)
+    ]
+    times = [
+        f"{time['configuration']}: {time['of_plain_time']:.2f} of its time"
+        for time in found["tradeoff-time"]
+        if (time["malloc"], time["method"], time["chunk"]) == ("default", "chunked", 256)
+    ]
+    errors = [e for e in found["precision"] if e["way"] == "slimgrad" and e["over"] == "lengths"]
+    ratios, longest = [e["of_plain_float32"] for e in errors], max(e["length"] for e in errors)
+    lines = [
+        "| experiment | found |",
+        "|---|---|",
+        f"| a: one gradient, C = 256 | {'; '.join(costs + times)} |",
+        f"| b: error over plain float32's own, to {longest:,} tokens, C = {errors[0]['chunk']} | "
+        f"{min(ratios):.2f} to {max(ratios):.2f} |",
+    ]
+    for task in dict.fromkeys(entry["task"] for entry in found["compatibility"]):
+        runs = [entry for entry in found["compatibility"] if entry["task"] == task]
+        plain = [entry for entry in runs if entry["regime"].startswith("plain")]
+        bits = [entry["final_bits"] for entry in runs if entry not in plain]
+        seeds = [f"{entry['final_bits']:.4f}" for entry in plain[1:]]
+        lines.append(
+            f"| c: {task}, {plain[0]['share']:.0%} of the steps, bits per byte | plain {plain[0]['final_bits']:.4f}, "
+            f"chunked and half {min(bits):.4f} to {max(bits):.4f}, other seeds "
+            f"{', '.join(seeds)} |"
+        )
+    lines += [
+        f"| d: {entry['model']}, one step at rate {entry['rate']}, C = {entry['chunk']} | {entry['gain']:+.4f} ± "
+        f"{entry['gain_confidence']:.4f} bits per byte gained, {entry['stretches']:,} stretches |"
+        for entry in found["finetuning"]
+        if entry["chunk"] == found["finetuning"][0]["chunk"]
+    ]
+    far = max(entry["horizon"] for entry in found["horizon"])
+    right = [f"{e['gradient']} {e['accuracy']:.0%} right" for e in found["horizon"] if e["horizon"] == far]
+    lines.append(f"| e: a memory of {far:,} tokens, in chunks of 64 | {', '.join(right)} |")
+    return "\n".join(lines)
+
+
 def origin(results: dict[str, Any]) -> str:
     """What the figures were measured on, in a line."""
     machine = results["machine"]
@@ -162,6 +207,7 @@ def blocks() -> dict[str, str]:
     for name, table in TABLES.items():
         results = load(name)
         found[name] = f"{table(results)}\n\nMeasured by {origin(results)}"
+    found["reproduce"] = reproduce_table(load("reproduce/rows"))
     return found
 
 

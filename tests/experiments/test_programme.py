@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from slimgrad.experiments.programme import Done, Point, run_points
+from slimgrad.experiments.programme import Done, Point, rows_so_far, run_points
 from slimgrad.train import Stop
 
 BROKEN = Point(
@@ -51,6 +51,11 @@ def test_a_torn_row_is_done_again(tmp_path: Path) -> None:
     file.write_text(file.read_text()[:-20])
     rows, _ = run([ROOT], tmp_path)
     assert rows[0]["result"] == {"value": 3}
+
+
+def test_what_is_done_can_be_had_before_the_end(tmp_path: Path) -> None:
+    rows, _ = run([ROOT], tmp_path)
+    assert rows_so_far([BROKEN, ROOT], tmp_path) == rows
 
 
 def test_rows_say_what_they_were_measured_on(tmp_path: Path) -> None:

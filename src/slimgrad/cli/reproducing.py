@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from slimgrad.errors import InputError, RunError
 from slimgrad.experiments.catalogue import NAMES, all_points
-from slimgrad.experiments.programme import Done, run_points
+from slimgrad.experiments.programme import Done, rows_so_far, run_points
 from slimgrad.experiments.report import write_report
 from slimgrad.train import Interrupted, Stop
 
@@ -33,13 +33,14 @@ def run_programme(
     if not points:
         raise InputError(f"--only {', '.join(only)}: no such part with --quick. Leave one of them out")
     _require_own(out, {"scale": scale, "quick": quick})
-    console = Console(highlight=False)
+    console, command = Console(highlight=False), shlex.join(["slimgrad", *sys.argv[1:]])
     try:
         with FileLock(out / ".lock", timeout=0), Stop().listening() as stop, _Display(console) as display:
             rows = run_points(points, out, display.show, stop, data_dir)
-        page = write_report(rows, out, shlex.join(["slimgrad", *sys.argv[1:]]))
+        page = write_report(rows, out, command, total=len(points))
     except Interrupted as interrupted:
-        interrupted.add_note(f"what is done is kept in {out}. Go on: the same command again")
+        page = write_report(rows_so_far(points, out), out, command, total=len(points))
+        interrupted.add_note(f"what is done is kept in {out}, and reported: {page}. Go on: the same command again")
         raise
     except Timeout as error:
         raise InputError(f"--out {out}: another process works in it. Wait for it, or name another folder") from error

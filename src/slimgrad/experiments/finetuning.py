@@ -1,4 +1,4 @@
-"""Fine-tuning on a small device (paper, section 4.4): one step on what was read, and the next half is read better.
+"""Fine-tuning on a small device (paper, experiment d): one step on what was read, and the next half is read better.
 
 A trained model reads a random stretch of validation text. One step of gradient descent on the loss of the first half,
 then bits per byte on the second half (which follows in the same sequence), beside those without the step. 5,000

@@ -1,4 +1,4 @@
-"""How exact the chunked gradient is in finite precision (paper, section 4.2): over the chunk, and over the length.
+"""How exact the chunked gradient is in finite precision (paper, experiment b): over the chunk, and over the length.
 
 Everything is held against one float64 gradient, so that a method's error stands beside the error that float32 makes by
 itself, in plain backpropagation. The error is || g - truth || / || truth || over all parameters together.

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,13 @@ def run_points(
         taken, expected = taken + row["seconds"], expected + point.seconds
         speed = taken / expected
     report(_done(len(points), points, 0.0, total * speed, None))
-    return list(_rows(folder / point.file for point in points))
+    return rows_so_far(points, out)
+
+
+def rows_so_far(points: list[Point], out: Path) -> list[Row]:
+    """The rows of those points that were done, or tried."""
+    files = (out / "points" / point.file for point in points)
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
 
 
 def _done(index: int, points: list[Point], left: float, total: float, point: Point | None) -> Done:
@@ -124,10 +130,6 @@ def _run(point: Point, out: Path, stop: Stop, data_dir: Path | None) -> Row:
         words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return row | {"error": words[-1]}
     return row | json.loads(done.stdout.splitlines()[-1])
-
-
-def _rows(files: Iterable[Path]) -> Iterator[Row]:
-    return (json.loads(file.read_text(encoding="utf-8")) for file in files)
 
 
 def _good(file: Path) -> bool:

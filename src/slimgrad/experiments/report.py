@@ -39,18 +39,21 @@ TABLES: dict[str, Callable[[list[Row]], list[Row]]] = {
 }
 
 
-def write_report(rows: list[Row], out: Path, command: str) -> Path:
+def write_report(rows: list[Row], out: Path, command: str, *, total: int) -> Path:
     """Write `report.html`, `rows.json` and a CSV file per table into `out`, in the place of earlier ones.
 
     Args:
         rows: of `programme.run_points`; those that failed are listed with their reason.
         out: the programme's folder.
         command: what made them.
+        total: points of the programme, done or not.
     """
     good = [row for row in rows if "result" in row]
     failed = [row for row in rows if "result" not in row]
     tables = {name: make(good) for name, make in TABLES.items()}
-    write_atomically(out / "rows.json", (json.dumps({"command": command, "rows": rows}, indent=1) + "\n").encode())
+    write_atomically(
+        out / "rows.json", (json.dumps({"command": command, "points": total, "rows": rows}, indent=1) + "\n").encode()
+    )
     for name, entries in tables.items():
         if entries:
             write_atomically(out / f"{name}.csv", _csv(entries).encode())
@@ -65,7 +68,7 @@ def write_report(rows: list[Row], out: Path, command: str) -> Path:
         ("e3", "Beyond the paper: what a schedule costs", sections.schedules(tables[SCHEDULES])),
     ]  # fmt: skip
     shown = [chapter for chapter in chapters if chapter[2]]
-    parts = [_opening(rows, command), "<ul>"]
+    parts = [_opening(rows, command, total), "<ul>"]
     parts += [f'<li><a href="#{key}">({key}) {html.escape(title)}</a></li>' for key, title, _ in shown]
     parts += ["</ul>", *(f'<h2 id="{key}">({key}) {html.escape(title)}</h2>{text}' for key, title, text in shown)]
     if failed:
@@ -76,13 +79,14 @@ def write_report(rows: list[Row], out: Path, command: str) -> Path:
     return out / REPORT
 
 
-def _opening(rows: list[Row], command: str) -> str:
+def _opening(rows: list[Row], command: str, total: int) -> str:
     hours = sum(row.get("seconds", 0.0) for row in rows) / 3600
     return (
         "<h1>The paper, reproduced</h1>"
         "<p><i>Sub-Linear Memory: How to Make Performers SLiM</i> (NeurIPS 2021): its four experiments, measured anew "
         "with slimgrad, and what the paper did not have. Every figure comes from the rows beside this page "
-        f"(<code>rows.json</code>, and a CSV file per table); {len(rows):,} points, {hours:.1f} hours of measuring.</p>"
+        f"(<code>rows.json</code>, and a CSV file per table); {len(rows):,} of {total:,} points, {hours:.1f} hours of "
+        "measuring.</p>"
         f"<pre>{html.escape(command)}</pre>"
     )
 
