@@ -10,8 +10,9 @@ itself, in plain backpropagation. The error is || g - truth || / || truth || ove
 | subtracted, float64 | the same in float64 | added up in float32 |
 | slimgrad | fixed point, bit for bit | as `sg.backward` gathers them |
 
-Subtraction loses what the addition rounded away, once per chunk, and carries the loss on to all chunks before. How
-much of the state is lost so, the drift, is what is left of it before the first chunk, where it should be zero.
+Subtraction loses what the addition rounded away, once per chunk, and carries the loss on to all chunks before. What
+is left before the first chunk, where the state should be zero, over the state after that chunk, is the drift: how wrong
+the state is that the earliest chunks are rebuilt from.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def measure_precision(*, run: str | None, length: int, chunks: list[int]) -> dic
 
 
 def measure_drift(*, length: int, chunk: int) -> dict[str, Any]:
-    """Drift by way: || state rolled back to the beginning || / || state at the end ||, of all sums together.
+    """Drift by way: || state rolled back to the beginning || / || state after one chunk ||, all sums together.
 
     slimgrad compares every rebuilt state with the first sweep's in every bit and raises where they differ: that it
     came through is what its zero stands for.
@@ -182,9 +183,8 @@ def _sweep_subtracting(model: Performer, tokens: Tensor, chunk: int, dtype: torc
     sums = [tuple(_Subtracted(one.value, dtype) for one in layer) for layer in start["layers"]]
     flat = [one for layer in sums for one in layer]
     begins = range(0, inputs.shape[1], chunk)
-    end = 0.0
+    one_chunk = 0.0
     for back in (False, True):
-        end = end or math.hypot(*(float(one.total.norm()) for one in flat))
         for one in flat:
             one.back = back
         for begin in reversed(begins) if back else begins:
@@ -195,6 +195,7 @@ def _sweep_subtracting(model: Performer, tokens: Tensor, chunk: int, dtype: torc
             with nullcontext() if back else torch.no_grad():
                 if not back:
                     model.advance(inputs[:, begin : begin + chunk], state)
+                    one_chunk = one_chunk or math.hypot(*(float(one.total.norm()) for one in flat))
                     continue
                 for one in flat:
                     one.first = begin == 0
@@ -204,7 +205,7 @@ def _sweep_subtracting(model: Performer, tokens: Tensor, chunk: int, dtype: torc
                 torch.autograd.backward([loss, *(after for after, _ in roots)], [None, *(g for _, g in roots)])
             for one in flat:
                 one.adjoint = None if one.before is None else one.before.grad
-    return math.hypot(*(one.left for one in flat)) / end
+    return math.hypot(*(one.left for one in flat)) / one_chunk
 
 
 def error(gradients: list[Tensor], truth: list[Tensor]) -> float:

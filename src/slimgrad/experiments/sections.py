@@ -48,7 +48,8 @@ _ERRORS: Columns = {
     "way": ("way", words), "error": ("error", power), "plain_float32": ("plain float32's error", power),
     "of_plain_float32": ("of plain float32's", fixed(2)),
 }  # fmt: skip
-_DRIFT = """<p>What is left of the state when it was rolled back to the beginning, over the state at the end.</p>"""
+_DRIFT = """<p>What is left of the state when it was rolled back to the beginning, where it should be zero, over the
+state after the first chunk: how wrong the state is that the earliest chunks are rebuilt from.</p>"""
 _DRIFTS: Columns = {
     "length": ("tokens", whole), "chunks": ("chunks", whole), "way": ("way", words), "drift": ("drift", power),
 }  # fmt: skip
@@ -272,10 +273,10 @@ def _draw_errors(entries: list[Row], axis: str, label: str) -> Callable[[Any], N
 def _draw_drift(drifts: list[Row]) -> str:
     def draw(axes: Any) -> None:
         for colour, way in zip(COLOURS, dict.fromkeys(entry["way"] for entry in drifts), strict=False):
-            own = [entry for entry in drifts if entry["way"] == way]
-            axes.plot([e["chunks"] for e in own], [e["drift"] for e in own], "o-", color=colour, label=way)
-        axes.set(xlabel="chunks", ylabel="drift", xscale="log")
-        axes.set_yscale("symlog", linthresh=1e-17)
+            own = [entry for entry in drifts if entry["way"] == way and entry["drift"]]  # zero has no logarithm
+            if own:
+                axes.plot([e["chunks"] for e in own], [e["drift"] for e in own], "o-", color=colour, label=way)
+        axes.set(xlabel="chunks", ylabel="drift, where it is not zero", xscale="log", yscale="log")
 
     if not drifts:
         return ""
