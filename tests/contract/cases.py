@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimgrad.experiments.kinds import Cached, Gated, Windowed
 from tests.toy_models import AllKinds, CachedAttention, GatedRecurrence, LinearAttention, Signals
 
 LENGTH = 131
@@ -52,4 +53,7 @@ CASES: list[tuple[str, Callable[[], Built]]] = [
     ("linear attention", next_token(LinearAttention)),
     ("growing sums", next_token(lambda: LinearAttention(doublings=60 / LENGTH))),
     ("signals", signals),
+    ("gates in blocks", next_token(lambda: Gated(width=6, vocabulary=VOCABULARY))),
+    ("window", next_token(lambda: Windowed(width=6, window=17))),
+    ("cache in experiments", next_token(lambda: Cached(width=6))),
 ]

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 import slimgrad as sg
 from tests.contract import contract
-from tests.contract.cases import CASES, LENGTH, Built, tokens
+from tests.contract.cases import CASES, LENGTH, VOCABULARY, Built, tokens
 from tests.toy_models import AllKinds, GatedRecurrence
 
 every_model = pytest.mark.parametrize("build", [build for _, build in CASES], ids=[name for name, _ in CASES])
@@ -90,7 +90,7 @@ def test_a_later_input_never_moves_an_earlier_output(build: Callable[[], Built],
     model, inputs, _ = build()
 
     def after(x: torch.Tensor) -> torch.Tensor:
-        changed = x.roll(1, -1) + 1.0 if x.is_floating_point() else x.flip(0)
+        changed = x.roll(1, -1) + 1.0 if x.is_floating_point() else (x + 1) % VOCABULARY
         return torch.cat([x[:, :moment], changed[:, moment:]], 1)
 
     with torch.no_grad():
