@@ -188,6 +188,9 @@ def reproduce_table(results: dict[str, Any]) -> str:
     far = max(entry["horizon"] for entry in found["horizon"])
     right = [f"{e['gradient']} {e['accuracy']:.0%} right" for e in found["horizon"] if e["horizon"] == far]
     lines.append(f"| e: a memory of {far:,} tokens, in chunks of 64 | {', '.join(right)} |")
+    done = len(results["rows"])
+    if done < results["points"]:
+        lines += ["", f"Not whole: {done} of the programme's {results['points']} points were measured."]
     return "\n".join(lines)
 
 
