@@ -87,8 +87,10 @@ _SIZES: Columns = {
     "peak_mb": ("peak, MB", fixed(2)), "seconds": ("seconds", fixed(2)), "note": ("", words),
 }  # fmt: skip
 _LENGTHS = """<p>Small models whose state is a prefix sum, a gated recurrence, a sliding window, or a cache of keys
-and values. A cache grows with the length, as attention does: linear both ways, and said so. Peak above parameters and
-gradients, blocks from 64 KiB up returned when freed.</p>"""
+and values. A cache grows with the length, as attention does: linear both ways, and said so. Sums are rolled back, so
+nothing of theirs is kept. Of gates and a window one state per chunk is kept, which is what grows there
+(<code>Binomial</code> keeps a fixed number). Peak above parameters and gradients, blocks from 64 KiB up returned when
+freed.</p>"""
 _SCHEDULES: Columns = {
     "schedule": ("schedule", words), "peak_mb": ("peak, MB", fixed(1)), "seconds": ("seconds", fixed(2)),
     "over_rebuild": ("over Rebuild's time", fixed(2)),
