@@ -27,6 +27,7 @@ a { color: var(--link); }
 table { border-collapse: collapse; font-size: 14px; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: right; }
 th:first-child, td:first-child, .words { text-align: left; }
+td:first-child { white-space: nowrap; }
 svg { max-width: 100%; height: auto; }
 pre { overflow-x: auto; border: 1px solid var(--line); padding: .7rem; font-size: 14px; }
 summary { cursor: pointer; color: var(--soft); } .soft { color: var(--soft); font-size: 14px; }

@@ -73,7 +73,8 @@ _STEPS: Columns = {
 _FINETUNING = """<p>The plain models of (c) read random stretches of validation text. One step of gradient descent on
 the first half's loss; bits per byte on the second half, without and with it. A positive gain means that the step
 helps; ± is a 95 % confidence interval of the mean. 0.01 is the published rate. Memory: peak above parameters and
-gradients of the first half's gradient, freed blocks returned.</p>"""
+gradients of the first half's gradient, freed blocks returned; plain backpropagation's gradients come to be while its
+graph is already going, a chunked sweep holds them from its first chunk on.</p>"""
 _HORIZONS: Columns = {
     "horizon": ("horizon, tokens", whole), "chunks": ("chunks", whole), "gradient": ("gradient", words),
     "seeds": ("seeds", whole), "accuracy": ("right, mean", percent), "worst": ("worst", percent),
