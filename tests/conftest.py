@@ -15,3 +15,8 @@ hypothesis.settings.load_profile("slimgrad")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_runtest_setup() -> None:
+    """One thread again, whatever the test before left: a run that is resumed here brings its own number with it."""
+    torch.set_num_threads(1)
