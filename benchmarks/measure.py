@@ -24,19 +24,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import slimgrad as sg
+from slimgrad.experiments.peak import MALLOC
 from slimgrad.losses import cross_entropy_sum
 from slimgrad.models import Performer, PerformerConfig, get_preset
 from slimgrad.train.gradient import layers_computed_twice
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = "small"
-# default: as a user finds it. warm: glibc keeps freed blocks, so nothing is faulted in twice. mapped: every block from
-# 64 KiB up is mapped and returned by itself, so resident memory is what is in use.
-MALLOC = {
-    "default": {},
-    "warm": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 36)},
-    "mapped": {"MALLOC_MMAP_THRESHOLD_": "65536"},
-}
 SCHEDULES: dict[str, Callable[[], sg.Schedule]] = {
     "rebuild": sg.Rebuild,
     "keep": sg.Keep,

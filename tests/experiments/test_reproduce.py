@@ -68,10 +68,11 @@ def check_what_it_shows(found: dict[str, list[dict[str, object]]]) -> None:
     assert len(others) == 4
     assert 0 < max(others) < runs["plain-seed1"]["curve_mean"] / 100
     ours = [entry for entry in found["precision"] if entry["way"] == "slimgrad"]
-    assert max(entry["error"] for entry in ours) < 1e-6  # at most 4e-7 was measured
+    assert max(entry["error"] for entry in ours) < 1e-6  # at most 5.3e-7 was measured
     right = {(entry["horizon"], entry["gradient"]): entry["accuracy"] for entry in found["horizon"]}
     assert right[64, "exact"] == right[64, "truncated"]  # one chunk: the same computation
     assert right[128, "exact"] > 0.9 > 0.3 > right[128, "truncated"]
+    # at most 2.3e-7 was measured
     assert max(entry["largest_gradient_difference"] for entry in found["finetuning"] if entry["rate"] == 0.01) < 1e-5
     peaks = {(entry["state"], entry["method"]): entry["peak_mb"] for entry in found["lengths"]}
     for state in ("sums", "gates", "window", "cache"):
