@@ -158,7 +158,7 @@ def reproduce_table(results: dict[str, Any]) -> str:
     times = [
         f"{time['configuration']}: {time['of_plain_time']:.2f} of its time"
         for time in found["tradeoff-time"]
-        if (time["malloc"], time["method"], time["chunk"]) == ("default", "chunked", 256)
+        if (time["form"], time["malloc"], time["method"], time["chunk"]) == ("blocked", "default", "chunked", 256)
     ]
     errors = [e for e in found["precision"] if e["way"] == "slimgrad" and e["over"] == "lengths"]
     ratios, longest = [e["of_plain_float32"] for e in errors], max(e["length"] for e in errors)

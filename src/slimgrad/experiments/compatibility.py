@@ -22,6 +22,7 @@ _PRESETS = {"books": "enwik8"}  # where enwik8 is not at hand, books stand in fo
 _NOISE_SEEDS = {"copying": (1, 2), "ptb": (1,), "enwik8": (1,), "books": (1,)}
 _SECONDS_PER_STEP = {"copying": 0.05, "ptb": 0.8, "enwik8": 12.0, "books": 12.0}
 _VALIDATIONS = 30
+_LEAST_APART = 10  # steps between validations: one takes as long as several steps
 
 
 def compatibility_points(task: str, *, scale: float | None = None, length: int = 0) -> list[Point]:
@@ -51,7 +52,7 @@ def compatibility_points(task: str, *, scale: float | None = None, length: int =
             method="plain" if regime == "plain" else "chunked",
             chunk=chunk,
             seed=seed,
-            eval_every=max(1, steps // _VALIDATIONS),
+            eval_every=min(max(_LEAST_APART, steps // _VALIDATIONS), steps),
             save_every=max(1, steps // 20) if steps % 20 == 0 else 1 if steps < 20 else steps // 2,
         )
         name = f"{regime}-seed{seed}" if regime == "plain" else f"{regime}-{chunk}-seed{seed}"

@@ -218,7 +218,7 @@ def _at_chunk(costs: list[Row], times: list[Row], chunk: int) -> str:
     time = [
         f"{entry['of_plain_time']:.2f} of its time (malloc {entry['malloc']})"
         for entry in times
-        if entry["method"] == "chunked" and entry["chunk"] == chunk
+        if entry["form"] == "blocked" and entry["method"] == "chunked" and entry["chunk"] == chunk
     ]
     return f"<p>C = {chunk}, blocked form: {', '.join(memory + time)}.</p>" if memory or time else ""
 
@@ -246,10 +246,11 @@ def _draw_times(times: list[Row]) -> Callable[[Any], None]:
     """Time over plain's against the chunk, and the FLOPs predicted."""
 
     def draw(axes: Any) -> None:
-        for colour, malloc in zip(COLOURS, dict.fromkeys(entry["malloc"] for entry in times), strict=False):
-            own = [e for e in times if e["malloc"] == malloc and e["method"] == "chunked"]
+        kinds = dict.fromkeys((entry["form"], entry["malloc"]) for entry in times)
+        for colour, (form, malloc) in zip(COLOURS, kinds, strict=False):
+            own = [e for e in times if (e["form"], e["malloc"], e["method"]) == (form, malloc, "chunked")]
             chunks = [entry["chunk"] for entry in own]
-            axes.plot(chunks, [entry["of_plain_time"] for entry in own], "o-", color=colour, label=malloc)
+            axes.plot(chunks, [e["of_plain_time"] for e in own], "o-", color=colour, label=f"{form}, {malloc}")
         own = sorted((e for e in times if e["method"] == "chunked"), key=lambda e: e["chunk"])
         axes.plot([e["chunk"] for e in own], [e["predicted_flops"] for e in own], ":", color=COLOURS[-1], label="FLOPs")
         axes.axhline(1, color=COLOURS[-1], linestyle="--", linewidth=1)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 from typing import Any
@@ -40,6 +41,7 @@ _WARM_UP_TOKENS = 64
 _SECONDS = {"I": 12.0, "II": 4.0, "III": 16.0, "IV": 60.0}  # of one gradient, on one core
 _ROUNDS = 3
 _TIMED_IV = (256, 4096)  # a gradient of IV takes a minute
+_TIMED_OTHERWISE = (256,)  # in the other forms, where it takes up to four; plain prefix sums of IV want 28 GB
 _QUICK = PerformerConfig(layers=2, width=64, heads=1)
 _QUICK_LENGTH = 256
 
@@ -47,8 +49,8 @@ _QUICK_LENGTH = 256
 def tradeoff_points(*, quick: bool = False, device: str = "cpu") -> list[Point]:
     """Every configuration, form, method and chunk from 16 to L; with `quick`, one small configuration.
 
-    Memory first: every form with freed blocks returned, then the blocked form by default malloc. Then time: plain, and
-    every second power of two, in the blocked form.
+    Memory first: every form with freed blocks returned, then the blocked form by default malloc. Then time: every
+    second power of two in the blocked form, one chunk in the others (IV: in the blocked form alone).
 
     Args:
         quick: see above.
@@ -73,26 +75,35 @@ def tradeoff_points(*, quick: bool = False, device: str = "cpu") -> list[Point]:
                         function=f"{__name__}:measure_cost",
                         task={"model": model, "length": length, "method": method, "chunk": chunk}
                         | ({"device": device} if device != "cpu" else {}),
-                        seconds=_SECONDS.get(name, 3.0),
+                        seconds=_seconds(name, form, 3.0),
                         environment=MALLOC[malloc],
                     )
                 )
-    for name in names:
+    for form, name in itertools.product(FORMS[:1] if quick else FORMS, names):
         config, length, chunks = _shape(name)
         timed = _TIMED_IV if name == "IV" else tuple(c for c in chunks if math.log2(c) % 2 == 0)
+        if form != FORMS[0]:
+            if name == "IV":
+                continue
+            timed = _TIMED_OTHERWISE
         for malloc in ("default", "warm") if device == "cpu" else ("default",):
-            model = dataclasses.asdict(dataclasses.replace(config, form=FORMS[0]))
+            model = dataclasses.asdict(dataclasses.replace(config, form=form))
             points.append(
                 Point(
                     experiment=EXPERIMENT,
-                    name=f"{name} {FORMS[0]} time {malloc}",
+                    name=f"{name} {form} time {malloc}",
                     function=f"{__name__}:measure_times",
                     task={"model": model, "length": length, "chunks": timed, "rounds": _ROUNDS, "device": device},
-                    seconds=_SECONDS.get(name, 0.2) * (len(timed) + 2) * (_ROUNDS + 1),
+                    seconds=_seconds(name, form, 0.2) * (len(timed) + 2) * (_ROUNDS + 1),
                     environment=MALLOC[malloc],
                 )
             )
     return points
+
+
+def _seconds(name: str, form: str, quick: float) -> float:
+    """Of one gradient on one core, roughly."""
+    return _SECONDS.get(name, quick) * (4 if form == "prefix_sum" and name in _SECONDS else 1)
 
 
 def _shape(name: str) -> tuple[PerformerConfig, int, list[int]]:
@@ -114,10 +125,7 @@ def measure_cost(
         `peak_bytes` and `seconds`, or None for both and a `note` where the pass would not fit.
     """
     config = PerformerConfig(**model)
-    predicted = predict_bytes(config, length, method, chunk)
-    free = available_bytes(device)
-    if free is not None and predicted > 0.9 * free:
-        note = f"needs about {predicted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    if note := _too_large(config, length, method, chunk, device):
         return {"peak_bytes": None, "seconds": None, "note": note}
     torch.manual_seed(0)
     performer = Performer(config).to(device)
@@ -133,14 +141,25 @@ def measure_times(
     """Seconds of one gradient: plain, layers twice and each chunk, in turn, after a round that is not counted.
 
     Returns:
-        `seconds`: by "plain", "checkpoint" and the chunk, a figure per round.
+        `seconds`: by "plain", "checkpoint" and the chunk, a figure per round; empty, with a `note`, where plain
+        backpropagation would not fit.
     """
+    if note := _too_large(PerformerConfig(**model), length, "plain", length, device):
+        return {"seconds": {}, "note": note}
     torch.manual_seed(0)
     performer = Performer(PerformerConfig(**model)).to(device)
     methods: dict[str, tuple[Method, int]] = {"plain": ("plain", length), "checkpoint": ("checkpoint", length)}
     methods |= {str(chunk): ("chunked", chunk) for chunk in chunks}
     works = {name: functools.partial(_add, performer, length, *how) for name, how in methods.items()}
     return {"seconds": measure_in_turn(works, rounds, device)}
+
+
+def _too_large(config: PerformerConfig, length: int, method: Method, chunk: int, device: str) -> str:
+    """What is lacking for a gradient; empty where it fits."""
+    needed, free = predict_bytes(config, length, method, chunk), available_bytes(device)
+    if free is None or needed <= 0.9 * free:
+        return ""
+    return f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
 
 
 def predict_bytes(config: PerformerConfig, length: int, method: Method, chunk: int) -> float:
