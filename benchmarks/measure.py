@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import slimgrad as sg
-from slimgrad.experiments.peak import MALLOC
+from slimgrad.experiments.peak import MALLOC, measure_peak
 from slimgrad.losses import cross_entropy_sum
 from slimgrad.models import Performer, PerformerConfig, get_preset
 from slimgrad.train.gradient import layers_computed_twice
@@ -125,17 +125,10 @@ def measure_child(case: Case) -> dict[str, float]:
     # what is loaded and filled once (kernels, thread pools, Python's free lists) is not the gradient's
     warm = Case(model=case.model, length=2048 if case.chunk else 64, method=case.method, chunk=min(case.chunk, 8))
     warm.gradient(*warm.build())
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
-    start = time.perf_counter()
-    case.gradient(model, tokens, targets)
-    seconds = time.perf_counter() - start
-    return {"resident_bytes": _status_bytes("VmHWM") - before, "seconds": seconds}
-
-
-def _status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+    peak, seconds = measure_peak(lambda: case.gradient(model, tokens, targets))
+    if peak is None:
+        raise SystemExit("resident memory: expected Linux's /proc, which tells it")
+    return {"resident_bytes": peak, "seconds": seconds}
 
 
 def run_child(case: Case, malloc: str) -> dict[str, float]:

@@ -18,6 +18,7 @@ the state is that the earliest chunks are rebuilt from.
 from __future__ import annotations
 
 import math
+import statistics
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ EXPERIMENT = "precision"
 WEIGHTS = ("fresh", "trained")
 CHUNK = 256  # where the length changes
 LENGTH = 16_384  # where the chunk changes
+STRETCHES = 8  # of text, up to `LENGTH` tokens: how rounding falls differs from one to the next by some percent
 _MODEL = PerformerConfig(layers=2, width=32, heads=1)
 _TRAINED = "runs/precision"
 _TRUTH_IN_ONE_GRAPH = 131_072  # tokens; beyond it the truth is slimgrad's own in float64, and is compared up to there
@@ -62,16 +64,21 @@ def precision_points(*, quick: bool = False) -> list[Point]:
         )
     ]
     for weights in WEIGHTS:
-        sizes = [(length, [CHUNK]) for length in lengths] + [(lengths[-1] if quick else LENGTH, list(chunks))]
+        sizes = [
+            (length, stretch, [CHUNK])
+            for length in lengths
+            for stretch in range(STRETCHES if length <= LENGTH and not quick else 1)
+        ]
         points += [
             Point(
                 experiment=EXPERIMENT,
-                name=f"{weights} {'chunks' if len(of) > 1 else 'lengths'} {length}",
+                name=f"{weights} {'chunks' if len(of) > 1 else 'lengths'} {length}" + f" at {stretch}" * bool(stretch),
                 function=f"{__name__}:measure_precision",
-                task={"run": _TRAINED if weights == "trained" else None, "length": length, "chunks": of},
+                task={"run": _TRAINED if weights == "trained" else None, "length": length, "chunks": of}
+                | ({"stretch": stretch} if stretch else {}),
                 seconds=2 + length * (1 + len(of)) / 6000,
             )
-            for length, of in sizes
+            for length, stretch, of in [*sizes, (lengths[-1] if quick else LENGTH, 0, list(chunks))]
         ]
     points += [
         Point(
@@ -86,19 +93,20 @@ def precision_points(*, quick: bool = False) -> list[Point]:
     return points
 
 
-def measure_precision(*, run: str | None, length: int, chunks: list[int]) -> dict[str, Any]:
+def measure_precision(*, run: str | None, length: int, chunks: list[int], stretch: int = 0) -> dict[str, Any]:
     """Errors of one gradient over `length` bytes of text that Python carries, repeated where it is too short.
 
     Args:
         run: the folder of the run whose model it is; None: a fresh model.
         length: tokens.
         chunks: for the ways that have one.
+        stretch: which of `STRETCHES`, spread evenly over the text.
 
     Returns:
         `plain`: its error; `ways`: by name and chunk, theirs; `truth_off`: how far slimgrad in float64 is from plain
         backpropagation in float64 (None: it is the truth itself here).
     """
-    tokens = _tokens(length)
+    tokens = _tokens(length, stretch)
     model = _fresh() if run is None else open_model(Path(run))[0]
     wide = _fresh().double()
     wide.load_state_dict(model.state_dict())
@@ -215,19 +223,28 @@ def error(gradients: list[Tensor], truth: list[Tensor]) -> float:
 
 
 def compare_precision(rows: list[Row]) -> list[Row]:
-    """A line per weights, length, chunk and way, with plain float32's own error beside it."""
-    table: list[Row] = []
+    """A line per weights, length, chunk and way: errors as means over the stretches, plain float32's own beside them.
+
+    The ratio is that of the means; `least` and `most` are of single stretches.
+    """
+    found: dict[tuple[str, str, int, str, int], list[tuple[float, float]]] = {}
     for row in rows:
         if row["experiment"] != EXPERIMENT or "chunks" not in row["task"]:
             continue
-        weights, over, _ = row["name"].split()
+        weights, over = row["name"].split()[:2]
         for way, errors in row["result"]["ways"].items():
-            for chunk, found in errors.items():
-                table.append({
-                    "weights": weights, "over": over, "length": row["task"]["length"], "chunk": int(chunk), "way": way,
-                    "error": found, "plain_float32": row["result"]["plain"],
-                    "of_plain_float32": found / row["result"]["plain"],
-                })  # fmt: skip
+            for chunk, error in errors.items():
+                key = (weights, over, row["task"]["length"], way, int(chunk))
+                found.setdefault(key, []).append((error, row["result"]["plain"]))
+    table: list[Row] = []
+    for (weights, over, length, way, chunk), pairs in found.items():
+        own, plains = (statistics.mean(values) for values in zip(*pairs, strict=True))
+        ratios = [error / plain for error, plain in pairs]
+        table.append({
+            "weights": weights, "over": over, "length": length, "chunk": chunk, "way": way, "stretches": len(pairs),
+            "error": own, "plain_float32": plains, "of_plain_float32": own / plains, "least": min(ratios),
+            "most": max(ratios),
+        })  # fmt: skip
     return table
 
 
@@ -246,11 +263,13 @@ def compare_drift(rows: list[Row]) -> list[Row]:
     ]
 
 
-def _tokens(length: int) -> Tensor:
-    """Text that Python carries, repeated where it is too short, `[1, length + 1]`."""
+def _tokens(length: int, stretch: int = 0) -> Tensor:
+    """Text that Python carries, from one of its stretches on, repeated where it is too short, `[1, length + 1]`."""
     text = load_corpus().text
-    start = text.read(0, min(length + 1, len(text)))
-    return start.repeat(math.ceil((length + 1) / len(start)))[: length + 1][None]
+    few = min(length + 1, len(text))
+    begin = (len(text) - few) * stretch // (STRETCHES - 1)
+    piece = text.read(begin, begin + few)
+    return piece.repeat(math.ceil((length + 1) / few))[: length + 1][None]
 
 
 def _fresh() -> Performer:

@@ -42,11 +42,13 @@ _COSTS: Columns = {
 _PRECISION = """<p>Error of a gradient: its distance from the float64 gradient, over that gradient's length. Plain
 float32's own error stands beside it: what the arithmetic itself costs. <i>subtracted</i>: Algorithm 1 as published,
 whose state is rolled back by subtracting what was added. The float64 truth is plain backpropagation's up to 131,072
-tokens (slimgrad in float64 is at most {largest} off it), beyond that slimgrad's in float64.</p>"""
+tokens (slimgrad in float64 is at most {largest} off it), beyond that slimgrad's in float64. Errors are means over the
+stretches of text that were taken, ratios are of those means; <i>least</i> and <i>most</i> are of one stretch.</p>"""
 _ERRORS: Columns = {
     "weights": ("weights", words), "over": ("over", words), "length": ("tokens", whole), "chunk": ("C", whole),
-    "way": ("way", words), "error": ("error", power), "plain_float32": ("plain float32's error", power),
-    "of_plain_float32": ("of plain float32's", fixed(2)),
+    "way": ("way", words), "stretches": ("stretches", whole), "error": ("error", power),
+    "plain_float32": ("plain float32's error", power), "of_plain_float32": ("of plain float32's", fixed(2)),
+    "least": ("least", fixed(2)), "most": ("most", fixed(2)),
 }  # fmt: skip
 _DRIFT = """<p>What is left of the state when it was rolled back to the beginning, where it should be zero, over the
 state after the first chunk: how wrong the state is that the earliest chunks are rebuilt from.</p>"""
