@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import slimgrad as sg
-from slimgrad.experiments.peak import MALLOC, measure_peak
+from slimgrad.experiments.peak import MALLOC, describe_machine, measure_peak
 from slimgrad.losses import cross_entropy_sum
 from slimgrad.models import Performer, PerformerConfig, get_preset
 from slimgrad.train.gradient import layers_computed_twice
@@ -139,35 +138,12 @@ def run_child(case: Case, malloc: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def median(values: list[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-
-
-def machine() -> dict[str, Any]:
-    """What a figure was measured on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    return {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "slimgrad": sg.__version__,
-    }
-
-
 def save(name: str, rows: list[dict[str, Any]]) -> Path:
     """Write rows with their origin, the command as it was given, to `results/<name>.json`."""
     command = " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]])
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"command": command, "machine": machine(), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"command": command, "machine": describe_machine(), "rows": rows}, indent=1) + "\n")
     return path
 
 

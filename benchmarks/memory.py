@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 from typing import Any
 
-from benchmarks.measure import SCHEDULES, SMALL, Case, count_live_bytes, median, run_child, save
+from benchmarks.measure import SCHEDULES, SMALL, Case, count_live_bytes, run_child, save
 
 CHUNK = 2048
 LENGTHS = [4096 << shift for shift in range(0, 9, 2)]  # 4,096 to 1,048,576

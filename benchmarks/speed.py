@@ -14,9 +14,10 @@ import os
 import subprocess
 import sys
 import time
+from statistics import median
 from typing import Any
 
-from benchmarks.measure import MALLOC, Case, count_flops, median, save
+from benchmarks.measure import MALLOC, Case, count_flops, save
 from slimgrad.models import get_preset
 
 CASES = {"I": (8192, (1024, 256)), "II": (1024, (256,)), "III": (4096, (512, 256))}

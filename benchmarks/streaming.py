@@ -16,9 +16,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from benchmarks.measure import median, save
+from benchmarks.measure import save
 from slimgrad.train import open_model, stream
 from slimgrad.train.memory import resident_bytes
 

@@ -14,10 +14,11 @@ from slimgrad.cli.app import EXPERIMENTS
 from slimgrad.data import Batch
 from slimgrad.errors import InputError
 from slimgrad.experiments.catalogue import NAMES, all_points
-from slimgrad.experiments.compatibility import compatibility_points
-from slimgrad.experiments.regimes import load_text, train_regime
+from slimgrad.experiments.compatibility import compare, compatibility_points
+from slimgrad.experiments.finetuning import compare_finetuning
+from slimgrad.experiments.regimes import load_text, open_finished, train_regime
 from slimgrad.experiments.report import TABLES
-from slimgrad.experiments.tradeoff import predict_bytes, tradeoff_points
+from slimgrad.experiments.tradeoff import compare_times, predict_bytes, tradeoff_points
 from slimgrad.models import Performer, PerformerConfig, get_preset
 from slimgrad.train import config_for
 from slimgrad.train.gradient import add_gradient
@@ -94,7 +95,8 @@ def test_the_help_names_every_part() -> None:
     assert NAMES == EXPERIMENTS
 
 
-def test_the_programme_fits_the_machine(tmp_path: Path) -> None:
+def test_the_programme_fits_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     points = all_points(only=[])
     assert len({point.file for point in points}) == len(points)
     assert not [point.name for point in points if point.name.startswith(("enwik8", "books"))]  # days, without a GPU
@@ -106,6 +108,22 @@ def test_the_programme_fits_the_machine(tmp_path: Path) -> None:
     adapted = all_points(only=["finetuning"])
     assert adapted[0].name == "ptb plain-seed0"  # the model that is adapted is trained first
     assert sum(point.task["count"] for point in adapted if " 256 rate 0.01 " in point.name) == 5000
+
+
+def test_the_programme_with_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    points = all_points(only=[], data_dir=tmp_path)
+    assert {p.name.split()[0] for p in points if p.experiment == "compatibility"} == {"copying", "ptb", "enwik8"}
+    on_device = [point for point in points if point.task.get("device") == "cuda"]
+    assert {point.experiment for point in on_device} == {"tradeoff", "finetuning"}
+    assert not [point.name for point in on_device if point.environment]  # malloc is not what gives memory there
+    timed = [point for point in on_device if "rounds" in point.task]
+    assert len(timed) == 4 * 3
+    assert all(set(point.task["chunks"]) >= {16, 32, 64, 128, 256} for point in timed)
+    (tmp_path / "books").mkdir()
+    stands_in = {point.name.split()[0] for point in all_points(only=[], data_dir=tmp_path)}
+    assert "books" in stands_in
+    assert "enwik8" not in stands_in
 
 
 def test_every_point_of_the_trade_off_is_there_once() -> None:
@@ -148,6 +166,72 @@ def test_published_settings_and_one_share_for_all() -> None:
         short = compatibility_points(task, scale=0.05)
         assert {point.task["config"]["steps"] for point in short} == {steps // 20}
         assert len({point.file for point in (*full, *short)}) == 2 * len(full)
+
+
+def test_what_takes_a_model_takes_a_finished_one(tmp_path: Path) -> None:
+    config = config_for(get_preset("copying"), steps=4, length=16, chunk=4, save_every=2)
+    train_regime(folder=str(tmp_path / "run"), config=config.to_dict(), keep_half=True)
+    assert open_finished(str(tmp_path / "run"))[1] == config
+    with pytest.raises(InputError, match="trained to its end, found step 2"):
+        open_finished(str(tmp_path / "run-half"))
+    with pytest.raises(InputError, match="found one of another"):
+        train_regime(folder=str(tmp_path / "run"), config=config.replace(steps=6).to_dict())
+    adapted = [point for point in all_points(only=["finetuning"]) if "rate" in point.task]
+    trained = all_points(only=["finetuning"])[0]
+    assert {json.dumps(point.needs) for point in adapted} == {json.dumps(trained.task["config"])}
+    other = dataclasses.replace(adapted[0], needs=config.to_dict())
+    assert other.file != adapted[0].file
+
+
+def test_differences_beside_the_noise() -> None:
+    config = {"length": 8, "steps": 2}
+
+    def row(name: str, bits: list[float]) -> dict[str, object]:
+        result = {
+            "steps": [1, 2], "bits": bits, "validation_bits": bits, "final_bits": bits[-1], "final_accuracy": 0.5,
+            "seconds": 60.0,
+        }  # fmt: skip
+        return {"experiment": "compatibility", "name": name, "task": {"config": config}, "result": result}
+
+    rows = [
+        row("copying plain-seed0", [2.0, 1.0]), row("copying chunked-4-seed0", [2.5, 1.0]),
+        row("copying plain-seed1", [3.0, 1.0]), row("copying plain-seed2", [2.0, 2.0]),
+    ]  # fmt: skip
+    table = {entry["regime"]: entry for entry in compare(rows)}
+    assert table["chunked-4-seed0"]["curve_mean"] == 0.25
+    assert table["chunked-4-seed0"]["of_noise"] == 0.5  # the other seeds: 0.5 each
+    assert table["plain-seed0"]["of_noise"] == 0.0
+
+
+def test_what_a_step_helps() -> None:
+    def piece(first: int, before: list[float], after: list[float]) -> dict[str, object]:
+        task = {"first": first, "rate": 0.01}
+        result = {"before": before, "after": after, "difference": None}
+        return {"experiment": "finetuning", "name": f"ptb 4 rate 0.01 from {first}", "task": task, "result": result}
+
+    (line,) = compare_finetuning([piece(0, [3.0, 3.0], [2.0, 4.0]), piece(2, [3.0, 3.0], [1.0, 3.0])])
+    assert (line["stretches"], line["gain"], line["helped"]) == (4, 0.5, 0.5)
+    # gains 1, -1, 2, 0: variance 5/3 of one, 5/12 of their mean
+    assert line["gain_confidence"] == pytest.approx(1.96 * (5 / 12) ** 0.5, rel=1e-3)
+
+
+def test_time_is_over_plains_in_the_same_round() -> None:
+    model = dataclasses.asdict(PerformerConfig(layers=1, width=8, heads=1))
+    task = {"model": model, "length": 64, "chunks": [16], "rounds": 3}
+    seconds = {"plain": [1.0, 2.0, 4.0], "16": [2.0, 3.0, 4.4]}
+    row = {"experiment": "tradeoff", "name": "small blocked time warm", "task": task, "result": {"seconds": seconds}}
+    plain, ours = compare_times([row])
+    assert (plain["of_plain_time"], plain["method"]) == (1.0, "plain")
+    assert (ours["of_plain_time"], ours["least"], ours["most"]) == (1.5, 1.1, 2.0)
+    assert (ours["malloc"], ours["seconds"], ours["chunk"]) == ("warm", 3.0, 16)
+
+
+def test_a_part_leaves_the_others_in_the_report(tmp_path: Path) -> None:
+    succeed("reproduce", "--quick", "--only", "schedules", "--out", tmp_path / "out")
+    succeed("reproduce", "--quick", "--only", "precision", "--out", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "rows.json").read_text())
+    assert [row["experiment"] for row in record["rows"]] == ["precision"] * 9 + ["schedules"] * 6
+    assert record["points"] == 9 + 6
 
 
 def test_a_first_half_survives_a_kill_before_its_copy(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from slimgrad.errors import InputError, RunError
 from slimgrad.experiments.catalogue import NAMES, all_points
-from slimgrad.experiments.programme import Done, rows_so_far, run_points
+from slimgrad.experiments.programme import Done, Point, rows_so_far, run_points
 from slimgrad.experiments.report import write_report
 from slimgrad.train import Interrupted, Stop
 
@@ -33,15 +33,20 @@ def run_programme(
     if not points:
         raise InputError(f"--only {', '.join(only)}: no such part with --quick. Leave one of them out")
     _require_own(out, {"scale": scale, "quick": quick})
+    whole = all_points(only=[], scale=scale, quick=quick, data_dir=data_dir)
     console, command = Console(highlight=False), shlex.join(["slimgrad", *sys.argv[1:]])
     try:
-        with FileLock(out / ".lock", timeout=0), Stop().listening() as stop, _Display(console) as display:
-            rows = run_points(points, out, display.show, stop, data_dir)
-        page = write_report(rows, out, command, total=len(points))
-    except Interrupted as interrupted:
-        page = write_report(rows_so_far(points, out), out, command, total=len(points))
-        interrupted.add_note(f"what is done is kept in {out}, and reported: {page}. Go on: the same command again")
-        raise
+        with FileLock(out / ".lock", timeout=0):
+            try:
+                with Stop().listening() as stop, _Display(console) as display:
+                    rows = run_points(points, out, display.show, stop, data_dir)
+            except Interrupted as interrupted:
+                page = _report(points, whole, out, command)
+                interrupted.add_note(
+                    f"what is done is kept in {out}, and reported: {page}. Go on: the same command again"
+                )
+                raise
+            page = _report(points, whole, out, command)
     except Timeout as error:
         raise InputError(f"--out {out}: another process works in it. Wait for it, or name another folder") from error
     failed = [row["name"] for row in rows if "result" not in row]
@@ -51,6 +56,15 @@ def run_programme(
             f"{len(failed)} of {len(rows)} points failed: {', '.join(failed)}. The report gives the reasons; the same "
             "command tries them again"
         )
+
+
+def _report(points: list[Point], whole: list[Point], out: Path, command: str) -> Path:
+    """A report of these points, and of whatever else of the programme was done in `out` before."""
+    asked = {point.file for point in points}
+    others = [p for p in whole if p.file not in asked and (out / "points" / p.file).exists()]
+    every = {point.file: point for point in whole if point.file in asked or point in others}
+    every |= {point.file: point for point in points}  # those that only this call named, last
+    return write_report(rows_so_far(list(every.values()), out), out, command, total=len(every))
 
 
 class _Display:

@@ -45,7 +45,7 @@ def all_points(
             task: lambda task=task: compatibility.compatibility_points(task, scale=scale, length=length)
             for task in tasks
         },
-        finetuning.EXPERIMENT: lambda: _finetuning(tasks, scale, quick),
+        finetuning.EXPERIMENT: lambda: _finetuning(tasks, scale, quick, device),
         horizon.EXPERIMENT: lambda: horizon.horizon_points(quick=quick),
         lengths.LENGTHS: lambda: lengths.length_points(quick=quick),
         lengths.SCHEDULES: lambda: lengths.schedule_points(quick=quick),
@@ -57,11 +57,11 @@ def all_points(
 def _fits(task: str, data_dir: Path | None) -> bool:
     if task not in _LARGE:
         return True
-    at_hand = data_dir is not None and (data_dir / BOOKS).is_dir() and not list(data_dir.glob("enwik8*"))
-    return torch.cuda.is_available() and task == (BOOKS if at_hand else "enwik8")
+    stands_in = data_dir is not None and (data_dir / BOOKS).is_dir() and not list(data_dir.glob("enwik8*"))
+    return torch.cuda.is_available() and task == (BOOKS if stands_in else "enwik8")
 
 
-def _finetuning(tasks: list[str], scale: float | None, quick: bool) -> list[Point]:
+def _finetuning(tasks: list[str], scale: float | None, quick: bool, device: str) -> list[Point]:
     """The models that are adapted, with the points that train them; copying has no second half to read better."""
     if quick:
         first = precision.precision_points(quick=True)[0]
@@ -75,6 +75,7 @@ def _finetuning(tasks: list[str], scale: float | None, quick: bool) -> list[Poin
             config = TrainConfig.from_dict(trained.task["config"])
             points.append(trained)
             points += finetuning.finetuning_points(
-                task, trained.task["folder"], config, corpus=task, seconds=_SECONDS_PER_STRETCH * config.length / 1024
-            )
+                task, trained.task["folder"], config, corpus=task, device=device,
+                seconds=_SECONDS_PER_STRETCH * config.length / 1024,
+            )  # fmt: skip
     return points

@@ -90,7 +90,7 @@ def plain_run(task: str) -> str:
 def compare(rows: list[Row]) -> list[Row]:
     """Each run beside the plain one of its task: how far its curve is from it, in bits: at most, mean, median.
 
-    Runs with another seed are the noise.
+    Runs with another seed are the noise: `of_noise` is the mean over the mean of their means.
     """
     plain = {_task(row): row["result"] for row in rows if row["name"].endswith(" plain-seed0")}
     table: list[Row] = []
@@ -118,6 +118,13 @@ def compare(rows: list[Row]) -> list[Row]:
             pairs = zip(result["validation_bits"], reference["validation_bits"], strict=True)
             entry["validation_largest"] = max(abs(a - b) for a, b in pairs)
         table.append(entry)
+    for entry in table:
+        seeds = [
+            other["curve_mean"]
+            for other in table
+            if other["task"] == entry["task"] and other["regime"].startswith("plain") and other["curve_mean"]
+        ]
+        entry["of_noise"] = entry["curve_mean"] / statistics.mean(seeds) if seeds else math.nan
     return table
 
 

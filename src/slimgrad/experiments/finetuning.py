@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +21,11 @@ from torch import Tensor
 from slimgrad.api import backward, evaluate
 from slimgrad.data import Batch
 from slimgrad.experiments.peak import MALLOC
-from slimgrad.experiments.precision import error
+from slimgrad.experiments.precision import error, take_gradients
 from slimgrad.experiments.programme import Point, Row
-from slimgrad.experiments.regimes import load_text
+from slimgrad.experiments.regimes import load_text, open_finished
 from slimgrad.models import Performer
-from slimgrad.train import TrainConfig, open_model
+from slimgrad.train import TrainConfig
 from slimgrad.train.gradient import Method, add_gradient
 
 EXPERIMENT = "finetuning"
@@ -36,7 +35,14 @@ _CONFIDENCE = 1.96  # standard errors on each side of a mean: 95 %
 
 
 def finetuning_points(
-    name: str, run: str, config: TrainConfig, *, corpus: str | None, seconds: float, quick: bool = False
+    name: str,
+    run: str,
+    config: TrainConfig,
+    *,
+    corpus: str | None,
+    seconds: float,
+    quick: bool = False,
+    device: str = "cpu",
 ) -> list[Point]:
     """The points for one trained model, in pieces of 250 stretches, and its memory at every chunk.
 
@@ -47,8 +53,10 @@ def finetuning_points(
         corpus: what it was trained on, for `load_corpus`.
         seconds: of one stretch, roughly.
         quick: few stretches.
+        device: "cpu" or "cuda".
     """
     half = config.length // 2
+    where = {"device": device} if device != "cpu" else {}
     chunks = [half >> i for i in ((1, 3) if quick else (1, 2, 3, 5))]  # the first is the one with many stretches
     stretches, piece = (8, 4) if quick else (_STRETCHES, _OTHERS)
     points: list[Point] = []
@@ -62,8 +70,9 @@ def finetuning_points(
                 experiment=EXPERIMENT,
                 name=f"{name} {chunk} rate {rate} from {first}",
                 function=f"{__name__}:adapt",
-                task=task | ({"corpus": corpus} if corpus else {}),
+                task=task | ({"corpus": corpus} if corpus else {}) | where,
                 seconds=seconds * piece * (1.6 if compared else 1),
+                needs=config.to_dict(),
             )
         )
 
@@ -81,9 +90,9 @@ def finetuning_points(
                 experiment=EXPERIMENT,
                 name=f"{name} {chunk} memory {method}",
                 function="slimgrad.experiments.tradeoff:measure_cost",
-                task={"model": model, "length": half, "method": method, "chunk": chunk},
+                task={"model": model, "length": half, "method": method, "chunk": chunk} | where,
                 seconds=4.0,
-                environment=MALLOC["returned"],
+                environment=MALLOC["returned" if device == "cpu" else "default"],
             )
         )
     return points
@@ -99,6 +108,7 @@ def adapt(
     compared: bool,
     corpus: str | None = None,
     data_dir: str | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Adapt the model to stretches `first` to `first + count`, each anew from the trained weights.
 
@@ -106,8 +116,8 @@ def adapt(
         `before` and `after`: bits per byte of each stretch's second half; `difference`: the largest of
         || g - plain g || / || plain g ||, None where `compared` is False.
     """
-    model, config = open_model(Path(run))
-    assert config is not None
+    model, config = open_finished(run)
+    model.to(device)
     text = load_text(corpus, data_dir)
     validation = text.split(validation_bytes=config.validation_bytes, window=config.length).validation
     generator = torch.Generator().manual_seed(0)
@@ -118,15 +128,15 @@ def adapt(
     differences: list[float] = []
     half = config.length // 2
     for start in starts:
-        tokens = validation.read(start, start + config.length + 1)[None]
+        tokens = validation.read(start, start + config.length + 1)[None].to(device)
         first_half, targets = tokens[:, :half], tokens[:, 1 : half + 1].long()
         model.zero_grad(set_to_none=True)
         state = backward(model, first_half, targets, chunk=chunk).final_state
         before.append(_second_half_bits(model, tokens, chunk, state))
-        gradients = _taken(model)
+        gradients = take_gradients(model)
         if compared:
             add_gradient(model, Batch(first_half, targets), method="plain", chunk=half, schedule=None, normalizer=half)
-            differences.append(error(gradients, [g.double() for g in _taken(model)]))
+            differences.append(error(gradients, [g.double() for g in take_gradients(model)]))
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                 parameter.sub_(gradient, alpha=rate)
@@ -172,9 +182,3 @@ def _second_half_bits(model: Performer, tokens: Tensor, chunk: int, state: Any) 
     half = tokens.shape[1] // 2
     inputs, targets = tokens[:, half:-1], tokens[:, half + 1 :].long()
     return float(evaluate(model, inputs, targets, chunk=chunk, state=state).loss) / math.log(2)
-
-
-def _taken(model: Performer) -> list[Tensor]:
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    model.zero_grad(set_to_none=True)
-    return gradients

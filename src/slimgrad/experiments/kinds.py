@@ -1,7 +1,7 @@
-"""Three small models whose state is not a prefix sum: gates, a sliding window, a cache of keys and values.
+"""Small models of each kind of state: the paper's sums, gates, a sliding window, a cache of keys and values.
 
-They stand for the kinds of state that the paper's models do not have: a plain tensor that cannot be rolled back, one
-that holds the last few rows, and one that grows. Each is a language model over bytes of one layer, with
+The last three are what the paper's models do not have: a plain tensor that cannot be rolled back, one that holds the
+last few rows, and one that grows. Each is a language model over bytes of one layer, with
 `initial_state(batch)` and `forward(tokens, state)`.
 """
 

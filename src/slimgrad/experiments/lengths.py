@@ -1,8 +1,9 @@
 """Memory against length, to a million tokens, for each kind of state; and what each schedule costs.
 
 A length is one gradient in a process of its own, with freed blocks returned ("mapped" in `peak.MALLOC`). Sums, gates
-and a window hold a state whose size the length does not move. A cache of keys and values grows, as attention does:
-there both ways are linear, and its time is quadratic, so it stops earlier.
+and a window hold a state whose size the length does not move. A cache of keys and values grows, so its memory is
+linear in chunks too; in one graph it is quadratic here, because the mask of attention is. Time is quadratic either
+way, so it stops earlier.
 
 Schedules are compared on one model with a large state (a head of width 128: 16,512 numbers), in 256 chunks.
 """
@@ -30,7 +31,7 @@ LENGTHS, SCHEDULES = "lengths", "schedules"
 _CHUNK = 1024
 _LONGEST = {"cache": 1 << 16}  # tokens; its time is quadratic
 _LONGEST_PLAIN = {"cache": 1 << 14}  # one graph's mask of attention is quadratic too
-_PLAIN_BYTES = 12e3  # per token, at most; gates in one graph
+_PLAIN_BYTES, _MASK_BYTES = 12e3, 15.0  # in one graph, at most: per token (gates); per pair of tokens (a cache)
 _SCHEDULES: dict[str, Callable[[], Schedule]] = {
     "Rebuild()": Rebuild, "Keep()": Keep, "Every(16)": lambda: Every(16), "Binomial(8)": lambda: Binomial(8),
     "Binomial(4)": lambda: Binomial(4),
@@ -83,8 +84,10 @@ def schedule_points(*, quick: bool = False) -> list[Point]:
 def measure_length(*, kind: str, length: int, method: Literal["plain", "chunked"], chunk: int) -> dict[str, Any]:
     """`peak_bytes` above parameters and gradients, and `seconds`; None and a `note` where it would not fit."""
     free = available_bytes()
-    if method == "plain" and free is not None and length * _PLAIN_BYTES > 0.9 * free:
-        return {"peak_bytes": None, "seconds": None, "note": f"{free / 1e9:.1f} GB are free"}
+    needed = length * (_MASK_BYTES * length if kind == "cache" else _PLAIN_BYTES)
+    if method == "plain" and free is not None and needed > 0.9 * free:
+        note = f"needs up to {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        return {"peak_bytes": None, "seconds": None, "note": note}
     model = build(kind)
     tokens = _tokens(length)
 

@@ -1,13 +1,15 @@
-"""The most memory that a piece of work takes above what the process held before it, and its seconds."""
+"""The most memory that a piece of work takes above what the process held before it, its seconds, and on what."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from slimgrad.train import describe_environment
 from slimgrad.train.memory import PROC, proc_status
 
 # Settings of glibc's malloc, as a process' environment. default: as a user finds it. returned: blocks from 1 MiB up are
@@ -35,8 +37,10 @@ def measure_peak(work: Callable[[], object], device: str = "cpu") -> Measured:
         torch.cuda.reset_peak_memory_stats()
     else:
         before = proc_status("VmRSS")
-        if before is not None:
-            (PROC / "clear_refs").write_text("5")
+        try:
+            (PROC / "clear_refs").write_text("5")  # the peak starts anew
+        except OSError:  # not Linux, or a container that forbids it
+            before = None
     seconds = measure_seconds(work, device)
     after = torch.cuda.max_memory_allocated() if device == "cuda" else proc_status("VmHWM")
     return Measured(None if before is None or after is None else max(after - before, 0), seconds)
@@ -65,6 +69,16 @@ def measure_in_turn(
             if round_:
                 seconds[name].append(taken)
     return seconds
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a figure was measured on: processor, GPU, threads, versions."""
+    info = PROC.parent / "cpuinfo"
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    versions = {"python": platform.python_version(), "system": platform.system()}
+    return {"cpu": cpu, **gpu, **describe_environment(), **versions}
 
 
 def available_bytes(device: str = "cpu") -> int | None:

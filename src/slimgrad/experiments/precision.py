@@ -17,10 +17,11 @@ the state is that the earliest chunks are rebuilt from.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
+from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,11 +30,13 @@ from torch import Tensor
 from slimgrad.api import backward
 from slimgrad.data import load_corpus
 from slimgrad.experiments.programme import Point, Row
-from slimgrad.experiments.regimes import train_regime
+from slimgrad.experiments.regimes import open_finished, train_regime
+from slimgrad.experiments.tradeoff import too_large
 from slimgrad.losses import cross_entropy_sum
 from slimgrad.models import Performer, PerformerConfig
+from slimgrad.sweep.accumulator import Accumulator
 from slimgrad.sweep.state import PrefixSum
-from slimgrad.train import TrainConfig, open_model
+from slimgrad.train import TrainConfig
 
 EXPERIMENT = "precision"
 WEIGHTS = ("fresh", "trained")
@@ -77,6 +80,7 @@ def precision_points(*, quick: bool = False) -> list[Point]:
                 task={"run": _TRAINED if weights == "trained" else None, "length": length, "chunks": of}
                 | ({"stretch": stretch} if stretch else {}),
                 seconds=2 + length * (1 + len(of)) / 6000,
+                needs=training.to_dict() if weights == "trained" else None,
             )
             for length, stretch, of in [*sizes, (lengths[-1] if quick else LENGTH, 0, list(chunks))]
         ]
@@ -103,11 +107,11 @@ def measure_precision(*, run: str | None, length: int, chunks: list[int], stretc
         stretch: which of `STRETCHES`, spread evenly over the text.
 
     Returns:
-        `plain`: its error; `ways`: by name and chunk, theirs; `truth_off`: how far slimgrad in float64 is from plain
-        backpropagation in float64 (None: it is the truth itself here).
+        `plain`: its error (None where its graph would not fit); `ways`: by name and chunk, theirs; `truth_off`: how far
+        slimgrad in float64 is from plain backpropagation in float64 (None: it is the truth itself here).
     """
     tokens = _tokens(length, stretch)
-    model = _fresh() if run is None else open_model(Path(run))[0]
+    model = _fresh() if run is None else open_finished(run)[0]
     wide = _fresh().double()
     wide.load_state_dict(model.state_dict())
     truth = chunked(wide, tokens, max(chunks))
@@ -115,26 +119,25 @@ def measure_precision(*, run: str | None, length: int, chunks: list[int], stretc
     if length <= _TRUTH_IN_ONE_GRAPH:
         swept, truth = truth, plain(wide, tokens)
         truth_off = error(swept, truth)
-    ways: dict[str, dict[str, float]] = {"subtracted, float32": {}, "subtracted, float64": {}, "slimgrad": {}}
+    ways: dict[str, dict[str, float]] = {way: {} for way in (*_SUBTRACTED, "slimgrad")}
     for chunk in chunks:
-        for name, dtype in (("subtracted, float32", torch.float32), ("subtracted, float64", torch.float64)):
-            ways[name][str(chunk)] = error(subtracted(model, tokens, chunk, dtype), truth)
+        for way in _SUBTRACTED:
+            ways[way][str(chunk)] = error(subtracted(model, tokens, chunk, way), truth)
         ways["slimgrad"][str(chunk)] = error(chunked(model, tokens, chunk), truth)
-    return {"plain": error(plain(model, tokens), truth), "ways": ways, "truth_off": truth_off}
+    fits = not too_large(model.config, length, "plain", length)
+    return {"plain": error(plain(model, tokens), truth) if fits else None, "ways": ways, "truth_off": truth_off}
 
 
 def measure_drift(*, length: int, chunk: int) -> dict[str, Any]:
     """Drift by way: || state rolled back to the beginning || / || state after one chunk ||, all sums together.
 
-    slimgrad compares every rebuilt state with the first sweep's in every bit and raises where they differ: that it
-    came through is what its zero stands for.
+    slimgrad's is that of its accumulators, put in the place of the published sums.
     """
     model, tokens = _fresh(), _tokens(length)
-    chunked(model, tokens, chunk)
-    drift = {"slimgrad": 0.0}
-    for name, dtype in (("subtracted, float32", torch.float32), ("subtracted, float64", torch.float64)):
-        drift[name] = _sweep_subtracting(model, tokens, chunk, dtype)
-    model.zero_grad(set_to_none=True)
+    drift: dict[str, float] = {}
+    for way, make in {**_SUBTRACTED, "slimgrad": _Accumulated}.items():
+        drift[way] = _sweep_subtracting(model, tokens, chunk, make)
+        model.zero_grad(set_to_none=True)
     return {"drift": drift}
 
 
@@ -143,14 +146,14 @@ def plain(model: Performer, tokens: Tensor) -> list[Tensor]:
     model.zero_grad(set_to_none=True)
     outputs, _ = model(tokens[:, :-1], model.initial_state(1))
     (cross_entropy_sum(outputs, tokens[:, 1:].long()) / (tokens.shape[1] - 1)).backward()
-    return _taken(model)
+    return take_gradients(model)
 
 
 def chunked(model: Performer, tokens: Tensor, chunk: int) -> list[Tensor]:
     """As the library computes it."""
     model.zero_grad(set_to_none=True)
     backward(model, tokens[:, :-1], tokens[:, 1:].long(), chunk=chunk)
-    return _taken(model)
+    return take_gradients(model)
 
 
 class _Subtracted:
@@ -165,30 +168,63 @@ class _Subtracted:
         self.adjoint: Tensor | None = None
 
     def advance(self, delta: Tensor) -> tuple[Tensor, PrefixSum]:
-        change = delta.detach().to(self.total.dtype)
+        change = delta.detach()
         if not self.back:
-            before, self.total = self.total.to(delta.dtype), self.total + change
+            before = self.total.to(delta.dtype)
+            self.add(change)
             return before, PrefixSum(self.total.to(delta.dtype))
-        self.total = self.total - change
+        self.left = self.subtract(change)
         if self.first:  # zeros, as published
-            self.left, self.total = float(self.total.norm()), torch.zeros_like(self.total)
+            self.total = torch.zeros_like(self.total)
         self.before = self.total.detach().to(delta.dtype).requires_grad_(delta.requires_grad)
         self.after = self.before + delta
         return self.before, PrefixSum(self.after)
 
+    def add(self, change: Tensor) -> None:
+        self.total = self.total + change.to(self.total.dtype)
 
-def subtracted(model: Performer, tokens: Tensor, chunk: int, dtype: torch.dtype) -> list[Tensor]:
-    """Algorithm 1 as published: sums that are rolled back by subtraction, in `dtype`."""
+    def subtract(self, change: Tensor) -> float:
+        """Go back, and return the length of what is left."""
+        self.total = self.total - change.to(self.total.dtype)
+        return float(self.total.norm())
+
+
+class _Accumulated(_Subtracted):
+    """The same with slimgrad's accumulator as the sum."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__(like, like.dtype)
+        self._sum = Accumulator(self.total)
+
+    def add(self, change: Tensor) -> None:
+        self._sum.add(change, log=True)
+        self.total = self._sum.value()
+
+    def subtract(self, change: Tensor) -> float:
+        exponent = self._sum.snapshot().exponent or 0
+        self._sum.subtract(change)
+        self.total = self._sum.value()
+        return float(self._sum.data.double().norm()) * 2.0**exponent  # every bit of it, not the value that it rounds to
+
+
+_SUBTRACTED: dict[str, Callable[[Tensor], _Subtracted]] = {
+    "subtracted, float32": functools.partial(_Subtracted, dtype=torch.float32),
+    "subtracted, float64": functools.partial(_Subtracted, dtype=torch.float64),
+}
+
+
+def subtracted(model: Performer, tokens: Tensor, chunk: int, way: str) -> list[Tensor]:
+    """Algorithm 1 as published: sums that are rolled back by subtraction ("subtracted, float32" or "..., float64")."""
     model.zero_grad(set_to_none=True)
-    _sweep_subtracting(model, tokens, chunk, dtype)
-    return _taken(model)
+    _sweep_subtracting(model, tokens, chunk, _SUBTRACTED[way])
+    return take_gradients(model)
 
 
-def _sweep_subtracting(model: Performer, tokens: Tensor, chunk: int, dtype: torch.dtype) -> float:
+def _sweep_subtracting(model: Performer, tokens: Tensor, chunk: int, make: Callable[[Tensor], _Subtracted]) -> float:
     """Both sweeps: gradients are added to `.grad`; returns the drift."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:].long()
     start = model.initial_state(1)
-    sums = [tuple(_Subtracted(one.value, dtype) for one in layer) for layer in start["layers"]]
+    sums = [tuple(make(one.value) for one in layer) for layer in start["layers"]]
     flat = [one for layer in sums for one in layer]
     begins = range(0, inputs.shape[1], chunk)
     one_chunk = 0.0
@@ -235,7 +271,8 @@ def compare_precision(rows: list[Row]) -> list[Row]:
         for way, errors in row["result"]["ways"].items():
             for chunk, error in errors.items():
                 key = (weights, over, row["task"]["length"], way, int(chunk))
-                found.setdefault(key, []).append((error, row["result"]["plain"]))
+                plain = row["result"]["plain"]
+                found.setdefault(key, []).append((error, math.nan if plain is None else plain))
     table: list[Row] = []
     for (weights, over, length, way, chunk), pairs in found.items():
         own, plains = (statistics.mean(values) for values in zip(*pairs, strict=True))
@@ -277,7 +314,8 @@ def _fresh() -> Performer:
     return Performer(_MODEL)
 
 
-def _taken(model: Performer) -> list[Tensor]:
+def take_gradients(model: Performer) -> list[Tensor]:
+    """Every parameter's gradient, out of the model's hands."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad(set_to_none=True)
     return gradients

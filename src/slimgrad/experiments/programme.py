@@ -36,6 +36,8 @@ class Point:
         task: its arguments, plain enough for JSON.
         seconds: roughly how long it takes on two cores: for the time left alone.
         environment: what its process has set beside this one's own environment, as the settings of malloc.
+        needs: what an earlier point must have been, for this one to be what it is: the configuration of the run whose
+            model it takes. Where that changes, this is another point.
     """
 
     experiment: str
@@ -44,11 +46,13 @@ class Point:
     task: Row
     seconds: float
     environment: dict[str, str] = field(default_factory=dict[str, str])
+    needs: Row | None = None
 
     @property
     def file(self) -> str:
         """The name of the row's file."""
-        what = json.dumps([self.function, self.task, *([self.environment] if self.environment else [])], sort_keys=True)
+        extra = [part for part in (self.environment, self.needs) if part]
+        what = json.dumps([self.function, self.task, *extra], sort_keys=True)
         words = re.sub(r"[^A-Za-z0-9]+", "-", f"{self.experiment} {self.name}").strip("-")
         return f"{words}-{hashlib.sha256(what.encode()).hexdigest()[:8]}.json"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -10,9 +11,10 @@ from typing import Any
 
 from slimgrad.data import Corpus, load_corpus
 from slimgrad.errors import InputError
-from slimgrad.train import Row, RunFolder, TrainConfig, train
+from slimgrad.models import Performer
+from slimgrad.train import Row, RunFolder, TrainConfig, open_model, train
 from slimgrad.train.files import PARTIAL
-from slimgrad.train.folder import CONFIG, read_record
+from slimgrad.train.folder import CONFIG, latest_snapshot, read_record
 
 _CURVE_POINTS = 300
 HALF = "-half"
@@ -56,6 +58,20 @@ def train_regime(
     return summarize(rows)
 
 
+def open_finished(run: str) -> tuple[Performer, TrainConfig]:
+    """The model of a run that was trained to its end.
+
+    Raises:
+        InputError: it was not, or there is none.
+    """
+    model, config = open_model(Path(run))
+    snapshot = latest_snapshot(Path(run))
+    if config is None or snapshot is None or snapshot.step != config.steps:
+        at = f"step {snapshot.step:,}" if snapshot else "nothing"
+        raise InputError(f"{run}: expected a run that was trained to its end, found {at}. Let its own point finish")
+    return model, config
+
+
 def load_text(corpus: str | None, data_dir: str | None) -> Corpus:
     """A corpus with a name, or "books": the folder of that name in `data_dir`."""
     folder = Path(data_dir) if data_dir else None
@@ -87,19 +103,20 @@ def summarize(rows: list[Row]) -> dict[str, Any]:
 
 def _open(path: Path, config: TrainConfig, corpus: Corpus | None, first_half: str | None) -> RunFolder:
     if first_half is not None and not (path / CONFIG).exists():
-        _copy(Path(f"{first_half}{HALF}"), path)
+        _copy(Path(f"{first_half}{HALF}"), path, config)
     if not (path / CONFIG).exists():
         return RunFolder.create(path, corpus.name if corpus else config.task, {"config": config.to_dict()})
-    record = read_record(path)
-    run = RunFolder.reopen(path)
-    run.record = record | {"config": config.to_dict()}
-    run.save_record()
-    return run
+    if TrainConfig.from_dict(read_record(path)["config"]) != config:
+        raise InputError(f"{path}: expected a run of this configuration, found one of another. Move it away")
+    return RunFolder.reopen(path)
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Whole or not at all."""
+def _copy(source: Path, target: Path, config: TrainConfig | None = None) -> None:
+    """Whole or not at all; from here on with `config`."""
     partial = target.with_name(f"{PARTIAL}{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, ignore=shutil.ignore_patterns(".lock"))
+    if config is not None:
+        record = read_record(partial) | {"config": config.to_dict()}
+        (partial / CONFIG).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, target)

@@ -26,7 +26,10 @@ from 1 MiB up go back to the system (<code>MALLOC_MMAP_THRESHOLD_=1048576</code>
 use; and <i>warm</i>, where nothing goes back. <i>checkpoint</i>: each layer computed twice. Times are medians of
 rounds in which plain backpropagation and every other way took turns; seconds in the memory tables are of one gradient
 in a cold process. Predictions are the formulas of <code>slimgrad.experiments.tradeoff</code>; in the figures they are
-dotted, and dashed lines are plain backpropagation.</p>"""
+dotted, and dashed lines are plain backpropagation. What the formulas leave out: plain backpropagation's gradients come
+to be while its graph is already going, so that less than predicted is added to them; small chunks have fixed costs of
+some megabytes; and blocks below 1 MiB (a chunk's activations at small C, a token's state in the iterative form) stay in
+malloc's heap, with holes between them.</p>"""
 _TIMES: Columns = {
     "malloc": ("malloc", words), "form": ("form", words), "method": ("way", words), "chunk": ("C", whole),
     "rounds": ("rounds", whole), "seconds": ("seconds", fixed(2)), "of_plain_time": ("of plain's time", fixed(2)),
@@ -43,7 +46,10 @@ _PRECISION = """<p>Error of a gradient: its distance from the float64 gradient, 
 float32's own error stands beside it: what the arithmetic itself costs. <i>subtracted</i>: Algorithm 1 as published,
 whose state is rolled back by subtracting what was added. The float64 truth is plain backpropagation's up to 131,072
 tokens (slimgrad in float64 is at most {largest} off it), beyond that slimgrad's in float64. Errors are means over the
-stretches of text that were taken, ratios are of those means; <i>least</i> and <i>most</i> are of one stretch.</p>"""
+stretches of text that were taken, ratios are of those means; <i>least</i> and <i>most</i> are of one stretch. The
+state's drift, below, grows with the chunks, but with these models and lengths it is not yet what the published
+gradient's error is made of. The subtracting ways form each chunk's weight gradients apart and then add them; slimgrad
+adds the products into their place, which saves a copy and rounds a little more often.</p>"""
 _ERRORS: Columns = {
     "weights": ("weights", words), "over": ("over", words), "length": ("tokens", whole), "chunk": ("C", whole),
     "way": ("way", words), "stretches": ("stretches", whole), "error": ("error", power),
@@ -51,7 +57,8 @@ _ERRORS: Columns = {
     "least": ("least", fixed(2)), "most": ("most", fixed(2)),
 }  # fmt: skip
 _DRIFT = """<p>What is left of the state when it was rolled back to the beginning, where it should be zero, over the
-state after the first chunk: how wrong the state is that the earliest chunks are rebuilt from.</p>"""
+state after the first chunk: how wrong the state is that the earliest chunks are rebuilt from. slimgrad's is that of
+its accumulators, in all of their bits.</p>"""
 _DRIFTS: Columns = {
     "length": ("tokens", whole), "chunks": ("chunks", whole), "way": ("way", words), "drift": ("drift", power),
 }  # fmt: skip
@@ -60,11 +67,14 @@ _RUNS: Columns = {
     "final_bits": ("validation, bits per byte", fixed(4)), "final_accuracy": ("right", percent),
     "validation_largest": ("validation off plain's, largest", power),
     "curve_mean": ("training curve off plain's, mean", power), "curve_median": ("median", power),
-    "curve_largest": ("largest", power), "minutes": ("minutes", fixed(1)),
+    "curve_largest": ("largest", power), "of_noise": ("mean over the seeds' mean", fixed(2)),
+    "minutes": ("minutes", fixed(1)),
 }  # fmt: skip
 _COMPATIBILITY = """<p>Plain backpropagation throughout; chunked throughout; plain for the first half of the steps,
 then chunked. One seed and one order of data; the number in a regime is the chunk, C. Plain runs with other seeds are
-the noise that differences are held against. Curves are compared in groups of steps.</p>"""
+the noise that differences are held against: below 1 in the column of the seeds' mean, a curve is nearer to plain's than
+another seed's is on the average. Curves are compared in groups of steps. Minutes of a half regime include the plain
+half.</p>"""
 _STEPS: Columns = {
     "model": ("model", words), "chunk": ("C", whole), "rate": ("rate", words), "stretches": ("stretches", whole),
     "bits_without": ("bits without", fixed(4)), "bits_with": ("bits with", fixed(4)), "gain": ("gain", fixed(4)),
@@ -90,10 +100,10 @@ _SIZES: Columns = {
     "peak_mb": ("peak, MB", fixed(2)), "seconds": ("seconds", fixed(2)), "note": ("", words),
 }  # fmt: skip
 _LENGTHS = """<p>Small models whose state is a prefix sum, a gated recurrence, a sliding window, or a cache of keys
-and values. A cache grows with the length, as attention does: linear both ways, and said so. Sums are rolled back, so
-nothing of theirs is kept. Of gates and a window one state per chunk is kept, which is what grows there
-(<code>Binomial</code> keeps a fixed number). Peak above parameters and gradients, blocks from 64 KiB up returned when
-freed.</p>"""
+and values. A cache grows with the length, as attention does, so its chunked memory is linear; plain it is quadratic
+here, for the mask of one graph. Sums are rolled back, so nothing of theirs is kept. Of gates and a window one state per
+chunk is kept, which is what grows there (<code>Binomial</code> keeps a fixed number). Peak above parameters and
+gradients, blocks from 64 KiB up returned when freed.</p>"""
 _SCHEDULES: Columns = {
     "schedule": ("schedule", words), "peak_mb": ("peak, MB", fixed(1)), "seconds": ("seconds", fixed(2)),
     "over_rebuild": ("over Rebuild's time", fixed(2)),
@@ -147,7 +157,7 @@ def compatibility(entries: list[Row], rows: list[Row]) -> str:
             f"<h3>{html.escape(task)}: {own[0]['length']:,} tokens a step</h3>",
             figure(f"training on {task}", *_draw_runs(runs), height=4.0),
             table(own, _RUNS),
-            _folded("Configuration", {"preset": _preset_words(task), **runs[0]["task"]["config"]}),
+            f"<p>The preset: as published, {preset_of(task).steps:,} steps.</p>",
         ]
     if parts:
         parts.insert(0, _COMPATIBILITY)
@@ -215,7 +225,8 @@ def _at_chunk(costs: list[Row], times: list[Row], chunk: int) -> str:
     memory = [
         f"{entry['of_plain_memory']:.3f} of plain's memory ({entry['peak_mb']:.0f} MB, malloc {entry['malloc']})"
         for entry in costs
-        if entry["form"] == "blocked" and entry["method"] == "chunked" and entry["chunk"] == chunk
+        if (entry["form"], entry["method"], entry["chunk"]) == ("blocked", "chunked", chunk)
+        and not math.isnan(entry["of_plain_memory"])
     ]
     time = [
         f"{entry['of_plain_time']:.2f} of its time (malloc {entry['malloc']})"
@@ -309,10 +320,13 @@ def _draw_runs(runs: list[Row]) -> list[Callable[[Any], None]]:
     ]
 
 
-def _preset_words(task: str) -> str:
-    return f"as published, {preset_of(task).steps:,} steps"
-
-
-def _folded(title: str, values: Row) -> str:
-    text = json.dumps(values, indent=1)
-    return f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>"
+def configuration(rows: list[Row]) -> str:
+    """What each point was: its task and what its process had set, word for word."""
+    if not rows:
+        return ""
+    lines = (
+        f"{row['name']}: {json.dumps(row['task'])}"
+        + (f" with {json.dumps(row['environment'])}" if "environment" in row else "")
+        for row in rows
+    )
+    return f"<details><summary>Configuration</summary><pre>{html.escape(chr(10).join(lines))}</pre></details>"

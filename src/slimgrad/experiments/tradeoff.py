@@ -50,7 +50,8 @@ def tradeoff_points(*, quick: bool = False, device: str = "cpu") -> list[Point]:
     """Every configuration, form, method and chunk from 16 to L; with `quick`, one small configuration.
 
     Memory first: every form with freed blocks returned, then the blocked form by default malloc. Then time: every
-    second power of two in the blocked form, one chunk in the others (IV: in the blocked form alone).
+    second power of two in the blocked form, one chunk in the others (IV: two, and in the blocked form alone); on CUDA
+    every power in every form.
 
     Args:
         quick: see above.
@@ -82,7 +83,9 @@ def tradeoff_points(*, quick: bool = False, device: str = "cpu") -> list[Point]:
     for form, name in itertools.product(FORMS[:1] if quick else FORMS, names):
         config, length, chunks = _shape(name)
         timed = _TIMED_IV if name == "IV" else tuple(c for c in chunks if math.log2(c) % 2 == 0)
-        if form != FORMS[0]:
+        if device == "cuda":
+            timed = tuple(chunks)
+        elif form != FORMS[0]:
             if name == "IV":
                 continue
             timed = _TIMED_OTHERWISE
@@ -125,7 +128,7 @@ def measure_cost(
         `peak_bytes` and `seconds`, or None for both and a `note` where the pass would not fit.
     """
     config = PerformerConfig(**model)
-    if note := _too_large(config, length, method, chunk, device):
+    if note := too_large(config, length, method, chunk, device):
         return {"peak_bytes": None, "seconds": None, "note": note}
     torch.manual_seed(0)
     performer = Performer(config).to(device)
@@ -144,7 +147,7 @@ def measure_times(
         `seconds`: by "plain", "checkpoint" and the chunk, a figure per round; empty, with a `note`, where plain
         backpropagation would not fit.
     """
-    if note := _too_large(PerformerConfig(**model), length, "plain", length, device):
+    if note := too_large(PerformerConfig(**model), length, "plain", length, device):
         return {"seconds": {}, "note": note}
     torch.manual_seed(0)
     performer = Performer(PerformerConfig(**model)).to(device)
@@ -154,7 +157,7 @@ def measure_times(
     return {"seconds": measure_in_turn(works, rounds, device)}
 
 
-def _too_large(config: PerformerConfig, length: int, method: Method, chunk: int, device: str) -> str:
+def too_large(config: PerformerConfig, length: int, method: Method, chunk: int, device: str = "cpu") -> str:
     """What is lacking for a gradient; empty where it fits."""
     needed, free = predict_bytes(config, length, method, chunk), available_bytes(device)
     if free is None or needed <= 0.9 * free:

@@ -7,15 +7,14 @@ import json
 import sys
 from typing import Any
 
-import slimgrad
-from slimgrad.train import describe_environment
+from slimgrad.experiments.peak import describe_machine
 
 
 def call(function: str, task: dict[str, Any]) -> dict[str, Any]:
     """Call "module:name" with the task's entries as keywords; the result, beside what it was measured on."""
     module, _, name = function.partition(":")
     result = getattr(importlib.import_module(module), name)(**task)
-    return {"result": result, "machine": {"slimgrad": slimgrad.__version__, **describe_environment()}}
+    return {"result": result, "machine": describe_machine()}
 
 
 if __name__ == "__main__":
