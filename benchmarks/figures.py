@@ -150,35 +150,55 @@ TABLES = {
 def reproduce_table(results: dict[str, Any]) -> str:
     """One line for each of the paper's experiments, and for what stands beyond them."""
     found = {name: make([row for row in results["rows"] if "result" in row]) for name, make in report.TABLES.items()}
-    costs = [
-        f"{cost['configuration']}: {cost['of_plain_memory']:.3f} of plain's memory"
+    costs = {
+        (cost["configuration"], cost["malloc"]): cost["of_plain_memory"]
         for cost in found["tradeoff-memory"]
-        if (cost["form"], cost["malloc"], cost["method"], cost["chunk"]) == ("blocked", "returned", "chunked", 256)
+        if (cost["form"], cost["method"], cost["chunk"]) == ("blocked", "chunked", 256)
+    }
+    memory = [
+        f"{name}: {share:.3f}" + (f" ({costs[name, 'default']:.2f})" if (name, "default") in costs else "")
+        for (name, malloc), share in costs.items()
+        if malloc == "returned"
     ]
     times = [
-        f"{time['configuration']}: {time['of_plain_time']:.2f} of its time"
+        f"{time['configuration']}: {time['of_plain_time']:.2f}"
         for time in found["tradeoff-time"]
         if (time["form"], time["malloc"], time["method"], time["chunk"]) == ("blocked", "default", "chunked", 256)
     ]
-    errors = [e for e in found["precision"] if e["way"] == "slimgrad" and e["over"] == "lengths"]
-    ratios, longest = [e["of_plain_float32"] for e in errors], max(e["length"] for e in errors)
+    errors = [e for e in found["precision"] if e["over"] == "lengths"]
+    spans = [
+        f"{way} {min(ratios):.2f} to {max(ratios):.2f}"
+        for way in ("slimgrad", "subtracted, float32", "subtracted, float64")
+        for ratios in [[e["of_plain_float32"] for e in errors if e["way"] == way]]
+    ]
+    most = max(entry["chunks"] for entry in found["precision-drift"])
+    drifts = [f"{e['way']} {e['drift']:.0e}" for e in found["precision-drift"] if e["chunks"] == most]
     lines = [
         "| experiment | found |",
         "|---|---|",
-        f"| a: one gradient, C = 256 | {'; '.join(costs + times)} |",
-        f"| b: error over plain float32's own, to {longest:,} tokens, C = {errors[0]['chunk']} | "
-        f"{min(ratios):.2f} to {max(ratios):.2f} |",
+        f"| a: memory of plain's, C = 256, freed blocks returned (by default malloc) | {'; '.join(memory)} |",
+        f"| a: time of plain's, C = 256, default malloc | {'; '.join(times)} |",
+        f"| b: error over plain float32's own, 1,024 to {max(e['length'] for e in errors):,} tokens, C = "
+        f"{errors[0]['chunk']} | {'; '.join(spans)} |",
+        f"| b: drift of the state after {most:,} chunks | {'; '.join(drifts)} |",
     ]
     for task in dict.fromkeys(entry["task"] for entry in found["compatibility"]):
         runs = [entry for entry in found["compatibility"] if entry["task"] == task]
         plain = [entry for entry in runs if entry["regime"].startswith("plain")]
         bits = [entry["final_bits"] for entry in runs if entry not in plain]
         seeds = [f"{entry['final_bits']:.4f}" for entry in plain[1:]]
+        apart = [entry["of_noise"] for entry in runs if entry not in plain]
         lines.append(
             f"| c: {task}, {plain[0]['share']:.0%} of the steps, bits per byte | plain {plain[0]['final_bits']:.4f}, "
-            f"chunked and half {min(bits):.4f} to {max(bits):.4f}, other seeds "
-            f"{', '.join(seeds)} |"
+            f"chunked and half {min(bits):.4f} to {max(bits):.4f}, other seeds {', '.join(seeds)}; curves off plain's, "
+            f"over other seeds': {distance(min(apart))} to {distance(max(apart))} |"
         )
+    chunked, plain = load("spike")["rows"]
+    lines.append(
+        f"| c: the spike of copying's curve at C = 128 | {max(chunked['bits']):.2f} bits at step "
+        f"{at_largest(chunked):,}; plain backpropagation from the same state {max(plain['bits']):.2f} at step "
+        f"{at_largest(plain):,}; gradients at most {max(chunked['off_plain']):.0e} apart |"
+    )
     lines += [
         f"| d: {entry['model']}, one step at rate {entry['rate']}, C = {entry['chunk']} | {entry['gain']:+.4f} ± "
         f"{entry['gain_confidence']:.4f} bits per byte gained, {entry['stretches']:,} stretches |"
@@ -192,6 +212,11 @@ def reproduce_table(results: dict[str, Any]) -> str:
     if done < results["points"]:
         lines += ["", f"Not whole: {done} of the programme's {results['points']} points were measured."]
     return "\n".join(lines)
+
+
+def at_largest(found: dict[str, Any]) -> int:
+    """The step whose loss is the largest."""
+    return found["steps"][found["bits"].index(max(found["bits"]))]
 
 
 def origin(results: dict[str, Any]) -> str:
