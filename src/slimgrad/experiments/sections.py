@@ -28,8 +28,8 @@ rounds in which plain backpropagation and every other way took turns; seconds in
 in a cold process. Predictions are the formulas of <code>slimgrad.experiments.tradeoff</code>; in the figures they are
 dotted, and dashed lines are plain backpropagation. What the formulas leave out: plain backpropagation's gradients come
 to be while its graph is already going, so that less than predicted is added to them; small chunks have fixed costs of
-some megabytes; and blocks below 1 MiB (a chunk's activations at small C, a token's state in the iterative form) stay in
-malloc's heap, with holes between them.</p>"""
+some megabytes; and blocks below 1 MiB, as a chunk's activations at small C are, stay in malloc's heap, with holes
+between them.</p>"""
 _TIMES: Columns = {
     "malloc": ("malloc", words), "form": ("form", words), "method": ("way", words), "chunk": ("C", whole),
     "rounds": ("rounds", whole), "seconds": ("seconds", fixed(2)), "of_plain_time": ("of plain's time", fixed(2)),
