@@ -59,7 +59,10 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """Where a programme stands, told before each point and once at the end (`point` is None then)."""
+    """Where a programme stands, told before each point and once at the end (`point` is None then).
+
+    `done` counts the points before it in the programme's order.
+    """
 
     done: int
     total: int
