@@ -268,6 +268,9 @@ def _draw_times(times: list[Row]) -> Callable[[Any], None]:
         axes.plot([e["chunk"] for e in own], [e["predicted_flops"] for e in own], ":", color=COLOURS[-1], label="FLOPs")
         axes.axhline(1, color=COLOURS[-1], linestyle="--", linewidth=1)
         axes.set(xlabel="C, tokens", ylabel="time of plain's", xscale="log")
+        ticks = sorted({entry["chunk"] for entry in own})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
 
     return draw
 
