@@ -3,7 +3,7 @@
 Copying at C = 128, seed 0, jumps by ten bits near step 7,600, while the published learning rate is still 1e-2; plain
 backpropagation with the same seed does not. Two things tell whose doing it is: how far the chunked gradient is from the
 plain one at the same weights, step by step through the spike; and whether plain backpropagation, from the same state
-100 steps before, has the spike too.
+at step 7,500, has the spike too.
 
     python -m benchmarks.spike [--run FOLDER]      # 15 minutes; a run that is there already is taken up
 

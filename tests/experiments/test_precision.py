@@ -58,6 +58,7 @@ def test_a_drift_of_slimgrads_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> 
         return subtract(self, torch.nextafter(delta, torch.full_like(delta, torch.inf)))
 
     monkeypatch.setattr(Accumulator, "subtract", off)
+    # 5.6e-7 was measured
     assert 0 < measure_drift(length=256, chunk=64)["drift"]["slimgrad"] < 1e-5
 
 

@@ -63,7 +63,7 @@ def _scan(q: Tensor, k: Tensor, v: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     """Return u_t = R_t^T q_t ``[B, T, H, D]`` and the state after the last token.
 
     The state is one block, updated in place, and so are the rows: made token by token between rows that stay, states
-    would leave holes of their own size in malloc's heap (3 times the graph, at 8,192 tokens of width 1,024).
+    would leave holes of their own size in malloc's heap.
     """
     R, u = R.clone(), v.new_empty(*q.shape[:-1], v.shape[-1])
     for t in range(q.shape[1]):
