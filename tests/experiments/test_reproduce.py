@@ -84,7 +84,8 @@ def check_what_it_shows(found: dict[str, list[dict[str, object]]]) -> None:
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert f"expected one of {', '.join(NAMES)}" in refuse(INPUT, "reproduce", "--only", "speech", "--out", out)
-    assert "at most 1" in refuse(INPUT, "reproduce", "--scale", 2, "--out", out)
+    for scale in (0, -1, "inf", "nan"):
+        assert "above 0" in refuse(INPUT, "reproduce", f"--scale={scale}", "--out", out)
     assert "Leave one of them out" in refuse(INPUT, "reproduce", "--quick", "--only", "ptb", "--out", out)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
@@ -163,8 +164,9 @@ def test_published_settings_and_one_share_for_all() -> None:
     for task, steps in (("copying", 15_000), ("ptb", 30_000)):
         full = compatibility_points(task, scale=1.0)
         assert {point.task["config"]["steps"] for point in full} == {steps}
-        short = compatibility_points(task, scale=0.05)
+        short, longer = compatibility_points(task, scale=0.05), compatibility_points(task, scale=2)
         assert {point.task["config"]["steps"] for point in short} == {steps // 20}
+        assert {point.task["config"]["steps"] for point in longer} == {steps * 2}
         assert len({point.file for point in (*full, *short)}) == 2 * len(full)
 
 

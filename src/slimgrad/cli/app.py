@@ -245,7 +245,9 @@ def reproduce(
     only: Annotated[list[str] | None, typer.Option(help=f"These parts alone: {', '.join(EXPERIMENTS)}.")] = None,
     scale: Annotated[
         float | None,
-        typer.Option(help="Share of the published steps, for every run.", show_default="copying 1, others 0.05"),
+        typer.Option(
+            help="Share of the published steps, for every run; above 1: longer.", show_default="copying 1, others 0.05"
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option(help="All of it in small, in minutes, on what Python carries.")] = False,
     out: Annotated[

@@ -30,15 +30,15 @@ def compatibility_points(task: str, *, scale: float | None = None, length: int =
 
     Args:
         task: one of `CHUNKS`.
-        scale: share of the published steps, in (0, 1]; None: that of `SHARES`.
+        scale: share of the published steps, above 1 for longer runs; None: that of `SHARES`.
         length: another length than the published one, for a quick look; chunks shrink with it.
 
     Raises:
-        InputError: the scale is not a share.
+        InputError: the scale is not a positive number.
     """
     scale = SHARES[task] if scale is None else scale
-    if not 0 < scale <= 1:
-        raise InputError(f"--scale {scale}: expected a share of the published steps, above 0 and at most 1")
+    if not 0 < scale < math.inf:
+        raise InputError(f"--scale {scale}: expected a share of the published steps, above 0 (2 trains twice as long)")
     preset = preset_of(task)
     steps = max(2, 2 * round(preset.steps * scale / 2))
     shrink = preset.length // length if length else 1
