@@ -47,7 +47,7 @@ def main() -> None:
         rows.append(row)
         words = " ".join(f"{name}={value}" for name, value in setting.items()) or "default"
         print(f"{words:32} {median(row['peak_bytes']) / 1e6:5.0f} MB {median(row['seconds']):5.1f} s")
-    print(f"{'tensors alive at the peak':32} {live / 1e6:5.0f} MB")
+    print(f"{'alive at the peak, with gradients':34} {live / 1e6:3.0f} MB")
     print(save("malloc", rows))
 
 
