@@ -18,6 +18,8 @@ from slimgrad.experiments.programme import Row
 
 _AXES = {"lengths": ("length", "tokens"), "chunks": ("chunk", "C, tokens")}  # of precision: key, label
 _SEVERAL = 1.5  # decades of a logarithmic axis
+_CROWD = 7  # ticks
+_OTHER_SEEDS = "plain, other seeds"
 
 Columns = dict[str, tuple[str, Show]]
 _TRADEOFF = """<p>One gradient of batch 1 over random tokens. Memory is the process' peak above parameters and
@@ -250,7 +252,8 @@ def _draw_memory(costs: list[Row]) -> Callable[[Any], None]:
             for entry in own:
                 if entry["method"] == "plain" and not math.isnan(entry["peak_mb"]):
                     axes.axhline(entry["peak_mb"], color=colour, linestyle="--", linewidth=1)
-        axes.set(xlabel="C, tokens", ylabel="peak, MB", xscale="log", yscale="log")
+        axes.set(ylabel="peak, MB", yscale="log")
+        _chunk_axis(axes, {entry["chunk"] for entry in costs})
 
     return draw
 
@@ -267,12 +270,19 @@ def _draw_times(times: list[Row]) -> Callable[[Any], None]:
         own = sorted((e for e in times if e["method"] == "chunked"), key=lambda e: e["chunk"])
         axes.plot([e["chunk"] for e in own], [e["predicted_flops"] for e in own], ":", color=COLOURS[-1], label="FLOPs")
         axes.axhline(1, color=COLOURS[-1], linestyle="--", linewidth=1)
-        axes.set(xlabel="C, tokens", ylabel="time of plain's", xscale="log")
-        ticks = sorted({entry["chunk"] for entry in own})
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.minorticks_off()
+        axes.set(ylabel="time of plain's")
+        _chunk_axis(axes, {entry["chunk"] for entry in own})
 
     return draw
+
+
+def _chunk_axis(axes: Any, chunks: set[int]) -> None:
+    """Chunks on a logarithmic axis, with their own numbers at it: every second one, where all would crowd."""
+    axes.set(xlabel=_AXES["chunks"][1], xscale="log")
+    ticks = sorted(chunks)
+    ticks = ticks[:: 1 + len(ticks) // _CROWD]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_xticks([], minor=True)
 
 
 def _draw_errors(entries: list[Row], axis: str, label: str) -> Callable[[Any], None]:
@@ -283,6 +293,8 @@ def _draw_errors(entries: list[Row], axis: str, label: str) -> Callable[[Any], N
         once = {entry[axis]: entry["plain_float32"] for entry in entries}
         axes.plot(list(once), list(once.values()), "--", color=COLOURS[-1], label="plain float32")
         axes.set(xlabel=label, ylabel="error", xscale="log", yscale="log")
+        if axis == "chunk":
+            _chunk_axis(axes, set(once))
         low, high = axes.get_ylim()
         if math.log10(high / low) < _SEVERAL:  # else the axis shows no power of ten to read it by
             axes.set_ylim(low / 3, high * 3)
@@ -306,14 +318,16 @@ def _draw_drift(drifts: list[Row]) -> str:
 def _draw_runs(runs: list[Row]) -> list[Callable[[Any], None]]:
     """Training and validation over the steps."""
 
-    def draw(steps: str, bits: str, label: str) -> Callable[[Any], None]:
+    def draw(steps: str, bits: str, ylabel: str) -> Callable[[Any], None]:
         def one(axes: Any) -> None:
             for row in runs:
-                name, result = row["name"].split()[1], row["result"]
-                noise = not name.endswith("seed0")
-                style = {"linestyle": ":", "color": COLOURS[-1]} if noise else {}
-                axes.plot(result[steps], result[bits], linewidth=1, label=name, **style)
-            axes.set(xlabel="steps", ylabel=label)
+                result = row["result"]
+                label, style = row["name"].split()[1], {}
+                if not label.endswith("seed0"):
+                    named = _OTHER_SEEDS in axes.get_legend_handles_labels()[1]
+                    label, style = f"_{label}" if named else _OTHER_SEEDS, {"linestyle": ":", "color": COLOURS[-1]}
+                axes.plot(result[steps], result[bits], linewidth=1, label=label, **style)
+            axes.set(xlabel="steps", ylabel=ylabel)
 
         return one
 
