@@ -89,6 +89,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert "Leave one of them out" in refuse(INPUT, "reproduce", "--quick", "--only", "ptb", "--out", out)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
+    lacking = ("reproduce", "--only", "schedules", "--only", "ptb", "--data-dir", tmp_path / "mine", "--out", out)
+    assert "expected ptb.train.txt" in refuse(INPUT, *lacking)
+    assert not out.exists()  # said before any work
     assert "Name another folder" in refuse(INPUT, "reproduce", "--quick", "--out", tmp_path / "mine")
 
 

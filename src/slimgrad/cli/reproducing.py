@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from slimgrad.errors import InputError, RunError
 from slimgrad.experiments.catalogue import NAMES, all_points
-from slimgrad.experiments.programme import Done, Point, rows_so_far, run_points
+from slimgrad.experiments.programme import Done, Point, points_left, rows_so_far, run_points
+from slimgrad.experiments.regimes import load_text
 from slimgrad.experiments.report import write_report
 from slimgrad.train import Interrupted, Stop
 
@@ -32,6 +33,8 @@ def run_programme(
     points = all_points(only=only, scale=scale, quick=quick, data_dir=data_dir)
     if not points:
         raise InputError(f"--only {', '.join(only)}: no such part with --quick. Leave one of them out")
+    for corpus in {point.task["corpus"]: None for point in points_left(points, out) if "corpus" in point.task}:
+        load_text(corpus, data_dir)  # what is not there is said before any work
     _require_own(out, {"scale": scale, "quick": quick})
     whole = all_points(only=[], scale=scale, quick=quick, data_dir=data_dir)
     console, command = Console(highlight=False), shlex.join(["slimgrad", *sys.argv[1:]])

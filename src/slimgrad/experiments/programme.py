@@ -95,7 +95,7 @@ def run_points(
     for index, point in enumerate(points):
         if _good(folder / point.file):
             continue
-        left = sum(p.seconds for p in points[index:] if not _good(folder / p.file))
+        left = sum(p.seconds for p in points_left(points[index:], out))
         report(_done(index, points, left * speed, total * speed, point))
         began = time.perf_counter()
         row = _run(point, out, stop, data_dir)
@@ -105,6 +105,11 @@ def run_points(
         speed = taken / expected
     report(_done(len(points), points, 0.0, total * speed, None))
     return rows_so_far(points, out)
+
+
+def points_left(points: list[Point], out: Path) -> list[Point]:
+    """Those that have no good row yet."""
+    return [point for point in points if not _good(out / "points" / point.file)]
 
 
 def rows_so_far(points: list[Point], out: Path) -> list[Row]:

@@ -72,7 +72,7 @@ def open_finished(run: str) -> tuple[Performer, TrainConfig]:
     return model, config
 
 
-def load_text(corpus: str | None, data_dir: str | None) -> Corpus:
+def load_text(corpus: str | None, data_dir: str | Path | None) -> Corpus:
     """A corpus with a name, or "books": the folder of that name in `data_dir`."""
     folder = Path(data_dir) if data_dir else None
     if corpus != BOOKS:
