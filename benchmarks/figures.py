@@ -147,7 +147,8 @@ TABLES = {
 }
 
 
-LONGER, BOOKS = "reproduce-copying/rows", "reproduce-books/rows"  # apart: other shares of the steps
+# apart: other shares of the steps
+LONGER, BOOKS, TRAINED = "reproduce-copying/rows", "reproduce-books/rows", "reproduce-finetuning/rows"
 
 
 def reproduce_table(results: dict[str, Any]) -> str:
@@ -194,12 +195,7 @@ def reproduce_table(results: dict[str, Any]) -> str:
         f"{at_largest(chunked):,}; plain backpropagation from the same state {max(plain['bits']):.2f} at step "
         f"{at_largest(plain):,}; gradients at most {max(chunked['off_plain']):.0e} apart |"
     )
-    lines += [
-        f"| d: {entry['model']}, one step at rate {entry['rate']}, C = {entry['chunk']} | {entry['gain']:+.4f} ± "
-        f"{entry['gain_confidence']:.4f} bits per byte gained, {entry['stretches']:,} stretches |"
-        for entry in found["finetuning"]
-        if entry["chunk"] == found["finetuning"][0]["chunk"]
-    ]
+    lines += finetuning_lines(results["rows"]) + finetuning_lines(load(TRAINED)["rows"])
     far = max(entry["horizon"] for entry in found["horizon"])
     right = [f"{e['gradient']} {e['accuracy']:.0%} right" for e in found["horizon"] if e["horizon"] == far]
     lines.append(f"| e: a memory of {far:,} tokens, in chunks of 64 | {', '.join(right)} |")
@@ -227,6 +223,19 @@ def compatibility_lines(entries: list[dict[str, Any]]) -> list[str]:
         share = f"{100 * plain['share']:g}% of the steps"
         lines.append(f"| c: {task}, {share}, bits per byte | {', '.join(found)} |")
     return lines
+
+
+def finetuning_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for the model: how far it was trained, and what a step of each rate helps at the first chunk."""
+    entries = report.TABLES["finetuning"](rows)
+    first = entries[0]
+    found = [
+        f"rate {entry['rate']}: {entry['gain']:+.5f} ± {entry['gain_confidence']:.5f} ({entry['stretches']:,})"
+        for entry in entries
+        if entry["chunk"] == first["chunk"]
+    ]
+    what = f"{first['model']}, trained for {100 * first['trained']:g}% of the steps ({first['bits_without']:.2f} bits)"
+    return [f"| d: {what}, bits per byte gained by one step, C = {first['chunk']} (stretches) | {'; '.join(found)} |"]
 
 
 def span(entries: list[dict[str, Any]], key: str, spec: str) -> str:

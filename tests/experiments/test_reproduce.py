@@ -55,7 +55,7 @@ QUICK = {
     "precision": 2 * 3 * (2 + 2),
     "precision-drift": 2 * 3,
     "compatibility": 6,
-    "finetuning": 2 + 2,
+    "finetuning": 2 + 4,
     "horizon": 2 * 2,
     "lengths": 4 * 2,
     "schedules": 5,
@@ -188,19 +188,19 @@ def test_what_takes_a_model_takes_a_finished_one(tmp_path: Path) -> None:
     assert other.file != adapted[0].file
 
 
-def test_differences_beside_the_noise() -> None:
+def run_row(name: str, bits: list[float]) -> dict[str, object]:
+    result = {
+        "steps": [1, 2], "bits": bits, "validation_bits": bits, "final_bits": bits[-1], "final_accuracy": 0.5,
+        "seconds": 60.0,
+    }  # fmt: skip
     config = {"length": 8, "steps": 2}
+    return {"experiment": "compatibility", "name": name, "task": {"config": config}, "result": result}
 
-    def row(name: str, bits: list[float]) -> dict[str, object]:
-        result = {
-            "steps": [1, 2], "bits": bits, "validation_bits": bits, "final_bits": bits[-1], "final_accuracy": 0.5,
-            "seconds": 60.0,
-        }  # fmt: skip
-        return {"experiment": "compatibility", "name": name, "task": {"config": config}, "result": result}
 
+def test_differences_beside_the_noise() -> None:
     rows = [
-        row("copying plain-seed0", [2.0, 1.0]), row("copying chunked-4-seed0", [2.5, 1.0]),
-        row("copying plain-seed1", [3.0, 1.0]), row("copying plain-seed2", [2.0, 2.0]),
+        run_row("copying plain-seed0", [2.0, 1.0]), run_row("copying chunked-4-seed0", [2.5, 1.0]),
+        run_row("copying plain-seed1", [3.0, 1.0]), run_row("copying plain-seed2", [2.0, 2.0]),
     ]  # fmt: skip
     table = {entry["regime"]: entry for entry in compare(rows)}
     assert table["chunked-4-seed0"]["curve_mean"] == 0.25
@@ -214,7 +214,9 @@ def test_what_a_step_helps() -> None:
         result = {"before": before, "after": after, "difference": None}
         return {"experiment": "finetuning", "name": f"ptb 4 rate 0.01 from {first}", "task": task, "result": result}
 
-    (line,) = compare_finetuning([piece(0, [3.0, 3.0], [2.0, 4.0]), piece(2, [3.0, 3.0], [1.0, 3.0])])
+    pieces = [piece(0, [3.0, 3.0], [2.0, 4.0]), piece(2, [3.0, 3.0], [1.0, 3.0])]
+    (line,) = compare_finetuning([*pieces, run_row("ptb plain-seed0", [3.0, 3.0])])
+    assert line["trained"] == 2 / 30_000
     assert (line["stretches"], line["gain"], line["helped"]) == (4, 0.5, 0.5)
     # gains 1, -1, 2, 0: variance 5/3 of one, 5/12 of their mean
     assert line["gain_confidence"] == pytest.approx(1.96 * (5 / 12) ** 0.5, rel=1e-3)

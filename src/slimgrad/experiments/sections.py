@@ -78,7 +78,8 @@ the noise that differences are held against: below 1 in the column of the seeds'
 another seed's is on the average. Curves are compared in groups of steps. Minutes of a half regime include the plain
 half.</p>"""
 _STEPS: Columns = {
-    "model": ("model", words), "chunk": ("C", whole), "rate": ("rate", words), "stretches": ("stretches", whole),
+    "model": ("model", words), "trained": ("of the published steps", percent), "chunk": ("C", whole),
+    "rate": ("rate", words), "stretches": ("stretches", whole),
     "bits_without": ("bits without", fixed(4)), "bits_with": ("bits with", fixed(4)), "gain": ("gain", fixed(4)),
     "gain_confidence": ("±", fixed(4)), "helped": ("helped", percent),
     "largest_gradient_difference": ("largest gradient difference", power), "peak_mb": ("peak, MB", fixed(1)),
