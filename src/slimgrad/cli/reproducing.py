@@ -18,6 +18,7 @@ from slimgrad.experiments.programme import Done, Point, points_left, rows_so_far
 from slimgrad.experiments.regimes import load_text
 from slimgrad.experiments.report import write_report
 from slimgrad.train import Interrupted, Stop
+from slimgrad.train.files import write_atomically
 
 PROGRAMME = "programme.json"
 
@@ -33,9 +34,12 @@ def run_programme(
     points = all_points(only=only, scale=scale, quick=quick, data_dir=data_dir)
     if not points:
         raise InputError(f"--only {', '.join(only)}: no such part with --quick. Leave one of them out")
+    settings: dict[str, object] = {"scale": scale, "quick": quick}
+    _require_own(out, settings)
     for corpus in {point.task["corpus"]: None for point in points_left(points, out) if "corpus" in point.task}:
         load_text(corpus, data_dir)  # what is not there is said before any work
-    _require_own(out, {"scale": scale, "quick": quick})
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / PROGRAMME, (json.dumps(settings) + "\n").encode())
     whole = all_points(only=[], scale=scale, quick=quick, data_dir=data_dir)
     console, command = Console(highlight=False), shlex.join(["slimgrad", *sys.argv[1:]])
     try:
@@ -102,8 +106,5 @@ def _require_own(out: Path, settings: dict[str, object]) -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found != settings:
             raise InputError(f"--out {out}: expected a programme with {settings}, found {found}. Name another folder")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: expected a new folder or a programme begun before. Name another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
