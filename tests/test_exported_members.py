@@ -17,6 +17,7 @@ PUBLIC = {
     "Growing",
     "InputError",
     "Keep",
+    "LossMismatchError",
     "MemoryLimitError",
     "ModelError",
     "NonFiniteError",

@@ -9,6 +9,7 @@ from slimgrad.call import Result
 from slimgrad.errors import (
     ConsumedError,
     InputError,
+    LossMismatchError,
     MemoryLimitError,
     ModelError,
     NonFiniteError,
@@ -34,6 +35,7 @@ __all__ = [
     "Growing",
     "InputError",
     "Keep",
+    "LossMismatchError",
     "MemoryLimitError",
     "ModelError",
     "NonFiniteError",

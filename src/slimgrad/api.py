@@ -7,15 +7,16 @@ whether it is all really exact.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from slimgrad.call import Call, LossFn, Normalizer, OnChunk, Options, Result, differentiable_losses
 from slimgrad.losses import cross_entropy_sum, token_cross_entropy
-from slimgrad.parallel import refuse_unsynchronised
+from slimgrad.parallel import one_thread_at_a_time, refuse_unsynchronised
 from slimgrad.protocol import require_causal_model
-from slimgrad.sweep.gather import Accumulate
+from slimgrad.sweep.gather import Sink
 from slimgrad.sweep.schedule import Binomial, Schedule
 
 DEFAULT_CHUNK = 4096
@@ -34,7 +35,7 @@ def backward(
     state: Any = None,
     final_state_grad: Any = None,
     on_chunk: OnChunk | None = None,
-    accumulate: Accumulate | None = None,
+    sinks: Mapping[str, Sink] | None = None,
 ) -> Result:
     """Compute the loss and add its exact gradient to every parameter's `.grad`, in memory of one chunk.
 
@@ -56,7 +57,8 @@ def backward(
         final_state_grad: the gradient of the final state, from whoever goes on with it: the state's tree, with a
             tensor or None for each leaf.
         on_chunk: called with an `Event` after every chunk.
-        accumulate: `accumulate(name, gradient)` takes each chunk's gradient of each parameter instead of `.grad`.
+        sinks: by parameter name, a function that takes each chunk's gradient of it; nothing of it then reaches `.grad`.
+            Whatever is linear in the gradient (a projection, a selection of columns) stays exact.
 
     Returns:
         A `Result`.
@@ -79,18 +81,19 @@ def backward(
         targets,
         Options(context, chunk, schedule, loss_fn or cross_entropy_sum, normalizer, state, on_chunk),
         gathers=True,
-        accumulate=accumulate,
+        sinks=sinks,
         collect_in="reverse",
     )
     call.require_something_to_differentiate()
     final_states: list[Any] = []
     initial_grads: list[Any] = []
-    for index, gradient in enumerate(call.one_per_sequence(final_state_grad)):
-        started = call.start(index)
-        started.run.forward()
-        initial_grads.append(started.reverse(call.loss_grad, gradient))
-        final_states.append(started.run.final_state)
-    call.deliver()
+    with one_thread_at_a_time(model):
+        for index, gradient in enumerate(call.one_per_sequence(final_state_grad)):
+            started = call.start(index)
+            started.run.forward()
+            initial_grads.append(started.reverse(call.loss_grad, gradient))
+            final_states.append(started.run.final_state)
+        call.deliver(initial_grads)
     return call.result(final_states, initial_grads)
 
 

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from slimgrad.budget import choose_schedule
-from slimgrad.chunks import ChunkedSequence, LossFn, SharedModel, sum_dtype, version
+from slimgrad.chunks import ChunkedSequence, LossFn, SharedModel, sum_dtype
 from slimgrad.errors import ConsumedError, InputError
 from slimgrad.losses import count_targets
+from slimgrad.parallel import one_thread_at_a_time
 from slimgrad.protocol import require_causal_model
 from slimgrad.sweep import tree
-from slimgrad.sweep.gather import Accumulate, Gather
+from slimgrad.sweep.carriers.plain import version
+from slimgrad.sweep.carriers import Root
+from slimgrad.sweep.gather import Gather, Sink
 from slimgrad.sweep.random import derive_seed, draw_seed
 from slimgrad.sweep.run import Event, Run, refuse_nesting
 from slimgrad.sweep.schedule import Schedule
 from slimgrad.sweep.state import Growing, PrefixSum
+from slimgrad.watch import CalledWith
 
 logger = logging.getLogger("slimgrad")
+INITIAL = "the initial state"
 
 Normalizer = Literal["targets"] | float | int | Tensor
 OnChunk = Callable[[Event], None]
@@ -80,14 +86,13 @@ class Started:
         """The reverse sweep, and on into whatever the initial state was made of."""
         adjoint = self.run.reverse(loss_grad, final_state_grad)
         roots = [
-            (leaf, g)
+            Root(leaf, g)
             for leaf, g in zip(self.made, tree.leaves(adjoint), strict=False)
             if leaf is not None and g is not None and leaf.requires_grad
         ]
-        if roots and self.program.parameters:
+        if roots:
             with self.program.chunk_context(-1):
-                leaves, gradients = [leaf for leaf, _ in roots], [g for _, g in roots]
-                torch.autograd.backward(leaves, gradients, inputs=list(self.program.parameters))
+                self.program.shared.backward(roots, [], INITIAL)
         return adjoint
 
 
@@ -97,7 +102,7 @@ class Call:
     Args:
         model, inputs, targets, options: as the caller gave them.
         gathers: whether gradients are wanted.
-        accumulate: takes the parameters' gradients instead of buffers.
+        sinks: by name, what takes a parameter's gradients instead of a buffer.
         collect_in: the sweep in which losses are noted.
         per_token: one loss per token.
     """
@@ -110,11 +115,16 @@ class Call:
         options: Options,
         *,
         gathers: bool = False,
-        accumulate: Accumulate | None = None,
+        sinks: Mapping[str, Sink] | None = None,
         collect_in: str = "forward",
         per_token: bool = False,
     ) -> None:
         refuse_nesting()
+        if gathers and torch.is_inference_mode_enabled():
+            raise InputError(
+                "a gradient was asked for inside torch.inference_mode, where tensors keep no graph; expected to be "
+                "called outside of it. For the loss alone use slimgrad.evaluate"
+            )
         self.model = require_causal_model(model)
         chunk = options.chunk
         if isinstance(chunk, bool) or not isinstance(cast(object, chunk), int) or chunk < 1:
@@ -128,8 +138,15 @@ class Call:
         self.given = tree.tensors([self._inputs, goals, options.context])  # what takes no gradient may change as well
         self._states = self.one_per_sequence(options.state)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._gather = Gather(self._parameters, accumulate) if gathers else None
-        self._delivers = accumulate is None
+        unknown = sorted({*(sinks or {})} - self._parameters.keys())
+        if unknown:
+            raise InputError(f"sinks: expected names of trainable parameters, got {', '.join(unknown)}")
+        if gathers and any(x.requires_grad for x in tree.tensors(goals)):
+            raise InputError(
+                "targets require gradients, which nobody would receive; expected constants. Detach them, or pass them "
+                "among the inputs and read them in loss_fn from the outputs"
+            )
+        self._gather = Gather(self._parameters, sinks) if gathers else None
         self._shared = SharedModel(self.model, self._gather, options.context)
         seed = draw_seed()
         self.sequences = [
@@ -169,9 +186,19 @@ class Call:
         program, state = self.sequences[index], self._states[index]
         made: list[Tensor | None] = []
         if state is None:
-            with program.chunk_context(-1), torch.set_grad_enabled(self._gather is not None):
+            with (
+                program.chunk_context(-1),
+                self._shared.autocast(as_called=True),
+                torch.set_grad_enabled(self._gather is not None),
+            ):
                 state = cast(Any, self.model).initial_state(program.batch)
             made = [raw_tensor(leaf) for leaf in tree.leaves(state)]
+            if self._gather is not None:
+                self._shared.refuse_lost(
+                    [x for x in made if x is not None],
+                    [get_gradient_edge(x) for x in self._shared.context_leaves],
+                    INITIAL,
+                )
         if self._schedule is None:
             plain_bytes = sum(leaf.nbytes for leaf in tree.tensors(state))
             sums = [leaf for leaf in tree.leaves(state) if isinstance(leaf, PrefixSum)]
@@ -194,16 +221,15 @@ class Call:
 
     def takers(self) -> list[Tensor]:
         """Every tensor whose gradient the caller may ask for: parameters, inputs, context, state."""
-        rest = [*tree.tensors(self._inputs), *tree.tensors(self._options.context)]
-        states = [raw_tensor(leaf) for leaf in tree.leaves(self._states)]
-        return [
-            *self._parameters.values(),
-            *(x for x in (*rest, *states) if x is not None and x.requires_grad),
-        ]
+        return [*self._parameters.values(), *self._others()]
 
-    def gradients(self, initial_grads: list[Any]) -> list[Tensor | None]:
-        """The gradients of `takers`, in their order."""
-        assert self._gather is not None
+    def _others(self) -> list[Tensor]:
+        states = [raw_tensor(leaf) for leaf in tree.leaves(self._states)]
+        rest = [*tree.tensors(self._inputs), *tree.tensors(self._options.context), *states]
+        return [x for x in rest if x is not None and x.requires_grad]
+
+    def _gradients_of_others(self, initial_grads: list[Any]) -> list[Tensor | None]:
+        """In the order of `_others`."""
         inputs = [g for one in self.sequences for g in tree.leaves(one.input_grads) if g is not None]
         context = [leaf.grad for leaf in self._shared.context_leaves]
         states = [
@@ -213,16 +239,18 @@ class Call:
             for x, g in zip(map(raw_tensor, tree.leaves(given)), tree.leaves(found), strict=True)
             if x is not None and x.requires_grad
         ]
-        return [*self._gather.gradients().values(), *inputs, *context, *states]
+        return [*inputs, *context, *states]
 
-    def deliver(self) -> None:
-        """Hand the gathered gradients to parameters, inputs and context, each once."""
+    def gradients(self, initial_grads: list[Any]) -> list[Tensor | None]:
+        """The gradients of `takers`, in their order; the buffers are given away."""
         assert self._gather is not None
-        takers = [x for x in (*tree.tensors(self._inputs), *tree.tensors(self._options.context)) if x.requires_grad]
-        inputs = [g for one in self.sequences for g in tree.leaves(one.input_grads) if g is not None]
-        gradients = [*inputs, *(leaf.grad for leaf in self._shared.context_leaves)]
-        extra = [(x, g) for x, g in zip(takers, gradients, strict=True) if g is not None]
-        self._gather.deliver(extra, parameters=self._delivers)
+        return [*self._gather.take().values(), *self._gradients_of_others(initial_grads)]
+
+    def deliver(self, initial_grads: list[Any]) -> None:
+        """Pass the gathered gradients on to parameters, inputs, context and given states, each once."""
+        assert self._gather is not None
+        gradients = self._gradients_of_others(initial_grads)
+        self._gather.deliver([(x, g) for x, g in zip(self._others(), gradients, strict=True) if g is not None])
 
     def total_loss(self) -> Tensor:
         """The loss over all sequences, over the normaliser, in the dtype that the chunks' losses have."""
@@ -261,12 +289,14 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, call: Call, *takers: Tensor) -> tuple[Tensor, ...]:
         context = cast(Any, ctx)
-        context.started = [call.start(index) for index in range(len(call.sequences))]
-        for one in context.started:
-            one.run.forward(losses=True)
-        context.call, context.consumed = call, False
+        with one_thread_at_a_time(call.model):
+            context.started = [call.start(index) for index in range(len(call.sequences))]
+            for one in context.started:
+                one.run.forward(losses=True)
+        context.call, context.called_with = call, CalledWith(call.model)
         ctx.save_for_backward(*takers)  # so that a change before backward is noticed
-        context.versions = [(x, version(x)) for x in call.given]
+        given = [*call.given, *call.model.buffers(), *(p for p in call.model.parameters() if not p.requires_grad)]
+        context.versions = [(x, version(x)) for x in given]
         token_losses = [one.token_losses for one in call.sequences]
         return tuple(x for x in token_losses if x is not None) or (call.total_loss(),)
 
@@ -276,20 +306,22 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: FunctionCtx, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         context = cast(Any, ctx)
-        call, started = cast(Call, context.call), cast("list[Started]", context.started)
-        if context.consumed:
+        call = cast("Call | None", context.call)
+        if call is None:
             raise ConsumedError(
                 "backward was called a second time on one chunked loss, whose states went with the first. Expected one "
                 "backward per loss: add losses up before calling it, or compute the loss again"
             )
         _require_unchanged(context)
-        context.consumed = True
+        started, called_with = cast("list[Started]", context.started), cast(CalledWith, context.called_with)
+        context.call = context.started = context.called_with = context.versions = None  # a loss that is kept holds nothing
         initial_grads: list[Any] = []
-        for index, one in enumerate(started):
-            if one.program.token_losses is None:
-                initial_grads.append(one.reverse(grad_outputs[0] * call.loss_grad))
-            else:
-                initial_grads.append(one.reverse(one.program.slicer(grad_outputs[index])))
+        with one_thread_at_a_time(call.model), called_with.restored():
+            for index, one in enumerate(started):
+                if one.program.token_losses is None:
+                    initial_grads.append(one.reverse(grad_outputs[0] * call.loss_grad))
+                else:
+                    initial_grads.append(one.reverse(one.program.slicer(grad_outputs[index])))
         return None, *call.gradients(initial_grads)
 
 

@@ -1,32 +1,38 @@
 """A model and its sequence as a program of chunks: what the sweep runs.
 
-Here the inputs are sliced and moved, the targets shifted, the aliases, seeds and autocast of each chunk entered, the
+Here the inputs are sliced and moved, the targets shifted, the stand-ins, seeds and autocast of each chunk entered, the
 losses added up and the inputs' gradients written down.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.utils import parametrize
 
 from slimgrad.errors import InputError, ModelError
 from slimgrad.losses import IGNORED
 from slimgrad.sweep import tree
-from slimgrad.sweep.accumulator import checksum
+from slimgrad.sweep.carriers import Root
+from slimgrad.sweep.fused import is_compiled
 from slimgrad.sweep.gather import Gather
+from slimgrad.sweep.graph import find_strangers
 from slimgrad.sweep.interrupt import uninterrupted
 from slimgrad.sweep.random import derive_seed, seeded
 from slimgrad.sweep.run import ChunkResult
+from slimgrad.watch import Guard, counted_by_frequency, refuse_by_options, run_watched
 
 LossFn = Callable[[Any, Any], "Tensor | dict[str, Tensor]"]
 
 
 class SharedModel:
-    """What all sequences of one call share: the model with its aliases, the context, autocast, the buffer guard.
+    """What all sequences of one call share: the model with its stand-ins, the context, autocast, what is watched.
 
     Args:
         model: a causal model.
@@ -40,18 +46,19 @@ class SharedModel:
         first = next((t for t in (*model.parameters(), *model.buffers())), None)
         self.device = torch.device("cpu") if first is None else first.device
         self.context_leaves: list[Tensor] = []
-        self.context = None if context is None else tree.map_tensors(self._alias_context, context)
-        kind = self.device.type
-        self._autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        self._buffers = [
-            (module, name, buffer)
-            for module in model.modules()
-            for name, buffer in module._buffers.items()  # pyright: ignore[reportPrivateUsage]
-            if buffer is not None
+        self.context = None if context is None else tree.map_tensors(self._stand_in_for_context, context)
+        # forward alone where something is compiled: it and an `advance` that is not would differ in bits
+        self._advance = None if any(map(is_compiled, model.modules())) else getattr(model, "advance", None)
+        self._autocast = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in {"cpu", self.device.type}
         ]
+        renormalised = refuse_by_options(model, lambda p: gather is not None and p.requires_grad)
+        self._guard = Guard(model, renormalised)
         self._tried: set[str] = set()
+        self._seed = 0
 
-    def _alias_context(self, x: Tensor) -> Tensor:
+    def _stand_in_for_context(self, x: Tensor) -> Tensor:
         if not (self.gather is not None and x.requires_grad):
             return x
         leaf = x.detach().requires_grad_()
@@ -61,66 +68,97 @@ class SharedModel:
     @contextmanager
     def entered(self, seed: int) -> Generator[None]:
         """Everything that must be the same each time a chunk runs."""
-        enabled, dtype = self._autocast
-        # without the cache: a cast cached under no_grad would come back without a graph
-        autocast = torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
-        aliases = nullcontext() if self.gather is None else self.gather.swapped_into(self.model)
+        self._seed = seed
+        stand_ins = nullcontext() if self.gather is None else self.gather.swapped_into(self.model)
         # signals wait until the model is its own again; whoever insists, sends a second
-        with uninterrupted(second_passes=True), seeded(seed, self.device), autocast, aliases, self._guarded_buffers():
+        with uninterrupted(second_passes=True), seeded(seed, self.device), eager_rules(), stand_ins, self._guard.watching():
             yield
 
     @contextmanager
-    def _guarded_buffers(self, *, on_copies: bool = False) -> Generator[None]:
-        """Refuse a model that writes to its buffers.
-
-        With `on_copies` nothing is written even so, and values are compared too: torch's batch normalisation writes its
-        running statistics without counting a version.
-        """
-        owners = self._buffers
-        stand_ins = [buffer.clone() if on_copies else buffer for _, _, buffer in owners]
-        versions = [version(stand_in) for stand_in in stand_ins]
-        changed: list[str] = []
-        try:
-            for (module, name, _), stand_in in zip(owners, stand_ins, strict=True):
-                module._buffers[name] = stand_in  # pyright: ignore[reportPrivateUsage]
+    def autocast(self, *, as_called: bool) -> Generator[None]:
+        """The autocast of the call, for the model; or none, for a backward pass, as torch advises."""
+        with ExitStack() as stack:
+            for kind, enabled, dtype in self._autocast:
+                # without the cache: a cast cached under no_grad would come back without a graph
+                stack.enter_context(torch.autocast(kind, dtype, enabled=enabled and as_called, cache_enabled=False))
             yield
-            for (module, name, buffer), stand_in, before in zip(owners, stand_ins, versions, strict=True):
-                present = module._buffers.get(name)  # pyright: ignore[reportPrivateUsage]
-                written = present is not stand_in or version(stand_in) != before
-                if written or (on_copies and int(checksum(stand_in)) != int(checksum(buffer))):
-                    changed.append(f"{type(module).__name__}.{name}")
-        finally:
-            for module, name, buffer in owners:
-                module._buffers[name] = buffer  # pyright: ignore[reportPrivateUsage]
-        if changed:
-            raise ModelError(
-                f"the model wrote to its buffers while it ran: {', '.join(changed)}. Each chunk runs twice, so the "
-                "second run would see other values and the gradient would not be exact. Put such layers in eval mode "
-                "(batch normalisation), or carry what they update in the state"
-            )
 
-    def _first(self, method: str) -> AbstractContextManager[None]:
-        """Each of the model's methods runs on copies of the buffers the first time."""
+    def _run(self, method: str, call: Callable[..., Any], inputs: tree.Tree, state: tree.Tree) -> Any:
+        """Call one of the model's methods; the first time on copies of the buffers, its attributes watched."""
+
+        def run(state: tree.Tree) -> Any:
+            return call(inputs, state) if self.context is None else call(inputs, state, self.context)
+
         if method in self._tried:
-            return nullcontext()
+            return run(state)
         self._tried.add(method)
-        return self._guarded_buffers(on_copies=True)
+        with self._guard.watching(on_copies=True):
+            return run_watched(self.model, run, state, lambda: seeded(self._seed, self.device))
 
     def step(self, inputs: tree.Tree, state: tree.Tree) -> tuple[Any, tree.Tree]:
         """The model's forward."""
-        with self._first("forward"):
-            result = self.model(inputs, state) if self.context is None else self.model(inputs, state, self.context)
+        result = self._run("forward", self.model, inputs, state)
         if not (isinstance(result, tuple) and len(cast("tuple[Any, ...]", result)) == 2):
             raise ModelError(f"forward must return (outputs, next_state), got {type(result).__name__}")
         return cast("tuple[Any, tree.Tree]", result)
 
     def advance(self, inputs: tree.Tree, state: tree.Tree) -> tree.Tree:
         """The model's `advance`, or its forward without the outputs."""
-        advance = getattr(self.model, "advance", None)
-        if advance is None:
+        if self._advance is None:
             return self.step(inputs, state)[1]
-        with self._first("advance"):
-            return advance(inputs, state) if self.context is None else advance(inputs, state, self.context)
+        return self._run("advance", self._advance, inputs, state)
+
+    def backward(self, roots: Sequence[Root], leaves: Sequence[Tensor], where: str) -> None:
+        """Backpropagate from the roots into `leaves`, the context and the stand-ins, if nothing would be lost."""
+        assert self.gather is not None
+        edges = [get_gradient_edge(x) for x in (*leaves, *self.context_leaves)]
+        tensors = [root.tensor for root in roots]
+        self.refuse_lost(tensors, edges, where)
+        with self.autocast(as_called=False):
+            self.gather.backward(tensors, [root.cotangent for root in roots], edges)
+
+    def refuse_lost(self, tensors: Sequence[Tensor], edges: Sequence[GradientEdge], where: str) -> None:
+        """Raise if the graph below `tensors` ends in a leaf whose gradient nobody would gather."""
+        assert self.gather is not None
+        strangers, counted = find_strangers(tensors, [*edges, *self.gather.edges])
+        if counted:
+            raise counted_by_frequency(where)
+        if not strangers:
+            return
+        (leaf, *_) = strangers
+        name = next((name for name, p in self.model.named_parameters() if p is leaf), None)
+        if name is not None:
+            raise ModelError(
+                f"{where}: parameter {name} was used, but not read from its module: a dict, a list or a closure holds it "
+                "beside. While a chunk runs, a module's parameters are stand-ins, so its gradient would be lost. Read "
+                "it from the module in forward (or refresh what holds it there)"
+            )
+        sharded = "" if not hasattr(leaf, "_is_flat_param") else (
+            " It is a flat parameter of FullyShardedDataParallel: shard with fully_shard(slimgrad.Chunked(model)) instead."
+        )
+        raise ModelError(
+            f"{where}: the loss depends on a tensor of shape {tuple(leaf.shape)} that requires gradients and is neither a "
+            "parameter of the model, nor an input, nor part of the state: its gradient would be lost. Make it a "
+            "parameter of the model (a loss with parameters is a method of the model), pass it as context, or detach "
+            f"it.{sharded}"
+        )
+
+
+@contextmanager
+def eager_rules() -> Generator[None]:
+    """Two caches of torch's that outlive a chunk, set aside: parametrised weights, and shapes that became dynamic.
+
+    A compiled chunk must run one graph in both sweeps; torch.compile would replace it by one for any length as soon as
+    a shorter chunk comes.
+    """
+    cached = parametrize._cache_enabled, parametrize._cache  # pyright: ignore[reportPrivateUsage]
+    parametrize._cache_enabled, parametrize._cache = 0, {}  # pyright: ignore[reportPrivateUsage]
+    dynamo = sys.modules.get("torch._dynamo")
+    try:
+        with nullcontext() if dynamo is None else dynamo.config.patch(automatic_dynamic_shapes=False):
+            yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = cached  # pyright: ignore[reportPrivateUsage]
 
 
 class ChunkedSequence:
@@ -151,7 +189,7 @@ class ChunkedSequence:
         collect_in: str = "forward",
     ) -> None:
         self.batch, self.time = batch_and_time(inputs)
-        self._shared, self._targets = shared, targets
+        self.shared, self._targets = shared, targets
         self._inputs, self._spec = tree.flatten(inputs)
         self._target_leaves, self._target_spec = tree.flatten(targets)
         self._chunk, self._seed, self._loss_fn = chunk, seed, loss_fn
@@ -175,12 +213,6 @@ class ChunkedSequence:
         return -(-self.time // self._chunk)
 
     @property
-    def parameters(self) -> Sequence[Tensor]:
-        """The aliases, and the context's leaves."""
-        aliases = [] if self._shared.gather is None else self._shared.gather.aliases
-        return [*aliases, *self._shared.context_leaves]
-
-    @property
     def input_grads(self) -> tree.Tree:
         """The inputs' gradients in their tree; None where none is wanted."""
         return tree.unflatten(self._input_grads, self._spec)
@@ -190,34 +222,32 @@ class ChunkedSequence:
         return chunk * self._chunk, min((chunk + 1) * self._chunk, self.time)
 
     def chunk_context(self, chunk: int) -> Any:
-        """Aliases, seed, autocast; -1 for the initial state."""
-        return self._shared.entered(derive_seed(self._seed, chunk + 1))
+        """Stand-ins and seed; -1 for the initial state."""
+        return self.shared.entered(derive_seed(self._seed, chunk + 1))
 
     def advance(self, chunk: int, state: tree.Tree) -> tree.Tree:
         """The state after the chunk."""
-        return self._shared.advance(tree.unflatten([self._slice(x, chunk) for x in self._inputs], self._spec), state)
+        with self.shared.autocast(as_called=True):
+            return self.shared.advance(self._pieces(chunk)[0], state)
 
     def run(self, chunk: int, state: tree.Tree) -> ChunkResult:
         """The chunk's loss and the state after it."""
-        pieces = [self._slice(x, chunk) for x in self._inputs]
-        leaves: list[Tensor] = []
-        if torch.is_grad_enabled():
-            for position, whole in enumerate(self._inputs):
-                if self._takes_grad(whole):
-                    pieces[position] = pieces[position].detach().requires_grad_()
-                    leaves.append(pieces[position])
-        outputs, following = self._shared.step(tree.unflatten(pieces, self._spec), state)
-        loss = self._loss_fn(outputs, self._target_slice(chunk))
-        if self._shared.gather is not None:
-            self._shared.gather.paused = False
+        pieces, leaves = self._pieces(chunk)
+        with self.shared.autocast(as_called=True):
+            outputs, following = self.shared.step(pieces, state)
+            loss = self._loss_fn(outputs, self._target_slice(chunk))
         metrics: dict[str, Tensor] = {}
         if isinstance(loss, dict):
-            metrics = {name: torch.as_tensor(value).detach() for name, value in loss.items() if name != "loss"}
+            metrics = {name: torch.as_tensor(value).detach().clone() for name, value in loss.items() if name != "loss"}
             if "loss" not in loss:
                 raise InputError(f"loss_fn returned a dict without 'loss'; got the keys {sorted(loss)}")
             loss = loss["loss"]
         self._check_loss(loss, chunk)
         return ChunkResult(loss, following, metrics, leaves)
+
+    def backward(self, chunk: int, roots: Sequence[Root], leaves: Sequence[Tensor]) -> None:
+        """Into the chunk's leaves, the context and the stand-ins."""
+        self.shared.backward(roots, leaves, f"chunk {chunk}")
 
     def collect(self, chunk: int, result: ChunkResult, phase: str) -> None:
         """Add up the losses, once; write the inputs' gradients down."""
@@ -244,17 +274,27 @@ class ChunkedSequence:
         return lambda chunk: per_token[:, slice(*self.span(chunk))]
 
     def _takes_grad(self, x: Any) -> bool:
-        return self._shared.gather is not None and isinstance(x, Tensor) and x.requires_grad
+        return self.shared.gather is not None and isinstance(x, Tensor) and x.requires_grad
+
+    def _pieces(self, chunk: int) -> tuple[tree.Tree, list[Tensor]]:
+        """The chunk of the inputs, and those of its tensors that take gradients."""
+        pieces, leaves = [self._slice(x, chunk) for x in self._inputs], list[Tensor]()
+        if torch.is_grad_enabled():
+            for position, whole in enumerate(self._inputs):
+                if self._takes_grad(whole):
+                    pieces[position] = pieces[position].detach().requires_grad_()
+                    leaves.append(pieces[position])
+        return tree.unflatten(pieces, self._spec), leaves
 
     def _slice(self, x: Tensor, chunk: int) -> Tensor:
         start, stop = self.span(chunk)
-        return x[:, start:stop].to(self._shared.device, non_blocking=True)
+        return x[:, start:stop].to(self.shared.device, non_blocking=True)
 
     def _target_slice(self, chunk: int) -> tree.Tree:
         if self._targets is not None:
             return tree.unflatten([self._slice(x, chunk) for x in self._target_leaves], self._target_spec)
         start, stop = self.span(chunk)
-        shifted = self._tokens[:, start + 1 : stop + 1].to(self._shared.device).long()
+        shifted = self._tokens[:, start + 1 : stop + 1].to(self.shared.device).long()
         if stop == self.time:  # the last token has no target
             shifted = torch.cat([shifted, shifted.new_full((self.batch, 1), IGNORED)], dim=1)
         return shifted
@@ -298,7 +338,3 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     """What losses are added up in: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
-
-def version(x: Tensor) -> int:
-    """How often torch saw `x` written to. Inference tensors do not count."""
-    return 0 if x.is_inference() else int(cast(Any, x)._version)

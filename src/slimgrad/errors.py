@@ -7,6 +7,7 @@ Exception
     ├── ModelError(TypeError)        the model does not follow the protocol of a causal step
     ├── SweepError(RuntimeError)     the sweep cannot go on and stay exact
     │   ├── StateMismatchError       a rebuilt state differs in bits from the one the forward sweep saw
+    │   ├── LossMismatchError        a chunk's loss came out differently in the sweep that differentiates it
     │   ├── NonFiniteError           a NaN or an infinity reached a state
     │   └── ConsumedError            a run that was already reversed, or whose parameters changed since
     └── RunError(RuntimeError)       a training run cannot go on; its snapshots are as they were
@@ -36,6 +37,10 @@ class SweepError(SlimgradError, RuntimeError):
 
 class StateMismatchError(SweepError):
     """A rebuilt state differs in bits from the one the forward sweep saw."""
+
+
+class LossMismatchError(SweepError):
+    """A chunk's loss came out differently in the sweep that differentiates it."""
 
 
 class NonFiniteError(SweepError):

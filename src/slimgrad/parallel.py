@@ -1,14 +1,43 @@
-"""Data parallelism the right way round, and the wrong ways refused."""
+"""Several processes, several threads: the right way round, and the wrong ways refused."""
 
 from __future__ import annotations
 
 import gc
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from slimgrad.errors import ModelError
+from slimgrad.errors import ModelError, SweepError
+
+_sweeping: dict[int, int] = {}  # the modules that a sweep is under way on, by id, and its thread
+_marking = threading.Lock()
+
+
+@contextmanager
+def one_thread_at_a_time(model: nn.Module) -> Generator[None]:
+    """Within the block, a sweep of another thread on `model`, or on any part of it, is refused.
+
+    While a chunk runs the modules hold stand-ins for their parameters, and gradients are added without a lock.
+    """
+    thread, modules = threading.get_ident(), [id(m) for m in model.modules()]
+    with _marking:
+        if any(_sweeping.get(m, thread) != thread for m in modules):
+            raise SweepError(
+                f"a sweep is under way in another thread on this {type(model).__name__}, or on a part of it; expected "
+                "one at a time. Wait for it, or give each thread a copy of the model"
+            )
+        mine = [m for m in modules if m not in _sweeping]
+        _sweeping.update(dict.fromkeys(mine, thread))
+    try:
+        yield
+    finally:
+        with _marking:
+            for m in mine:
+                del _sweeping[m]
 
 
 def refuse_unsynchronised(model: nn.Module) -> None:

@@ -135,10 +135,10 @@ def test_a_gradient_delivered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     deliver = Gather.deliver
 
     def twice(self: Gather, *args: Any, **kwargs: Any) -> None:
-        gathered = [alias.grad for alias in self.aliases]
+        gathered = [stand_in.grad for stand_in in self.stand_ins]
         deliver(self, *args, **kwargs)
-        for alias, gradient in zip(self.aliases, gathered, strict=True):
-            alias.grad = gradient
+        for stand_in, gradient in zip(self.stand_ins, gathered, strict=True):
+            stand_in.grad = gradient
         deliver(self, *args, **kwargs)
 
     monkeypatch.setattr(Gather, "deliver", twice)
@@ -159,9 +159,9 @@ def test_a_chunk_reversed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     add_product = Gather.add_product
     calls = iter(range(1000))
 
-    def again(self: Gather, alias: Tensor, left: Tensor, right: Tensor) -> None:
+    def again(self: Gather, stand_in: Tensor, left: Tensor, right: Tensor) -> None:
         for _ in range(2 if next(calls) == 5 else 1):
-            add_product(self, alias, left, right)
+            add_product(self, stand_in, left, right)
 
     monkeypatch.setattr(Gather, "add_product", again)
     with pytest.raises(AssertionError, match="off by"):

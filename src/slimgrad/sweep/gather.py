@@ -1,119 +1,44 @@
 """Where parameter gradients gather over the chunks, and how they are delivered once.
 
-Chunks run on aliases: tensors that share the parameters' storage and have a `.grad` of their own. So a parameter's
-hooks (clipping, data parallelism) see nothing until the end, when its whole gradient goes through the real leaf in one
-piece; an interrupt before that leaves every `.grad` as it was; tied weights have one alias.
+Chunks run on stand-ins: plain tensors that share the parameters' storage and have a `.grad` of their own. So a
+parameter's hooks (clipping, data parallelism) see nothing until the end, when its whole gradient goes through the real
+leaf in one piece; an interrupt before that leaves every `.grad` as it was; tied weights have one stand-in.
 
-Gradients are added where they stand: one buffer per parameter, float32 for 16-bit parameters (adding in bfloat16 is off
-by 0.33 after 4,096 chunks). A chunk's gradient of one parameter at a time exists beside them; for the weights of linear
-layers and embeddings not even that, because their products are added straight into the buffer (`addmm_`, `index_add_`).
+Gradients are added where they are kept: one buffer per parameter, float32 for 16-bit parameters (adding in bfloat16 is
+off by 0.33 after 4,096 chunks). A chunk's gradient of one parameter at a time exists beside them; for the weights of
+plain linear layers and embeddings not even that (see `fused`). A parameter with a sink of its own has no buffer.
+
+A stand-in takes gradients from its own sweep alone. Whatever else reaches it (a side loss that a module kept, another
+thread's backward pass) would be lost, and is refused.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from slimgrad.errors import SweepError
+from slimgrad.sweep.fused import Fused, is_fusable, outside_compiled
 from slimgrad.sweep.interrupt import uninterrupted
 
-Accumulate = Callable[[str, Tensor], None]
-_Place = tuple[dict[str, Any], str, Tensor]  # a module's own parameters, the name, the parameter
-_Places = tuple[nn.Module, Sequence[_Place], Sequence[nn.RNNBase]]
+Sink = Callable[[Tensor], None]
 
 
-class _Alias(Tensor):
-    """A parameter's stand-in within a sweep: routes linear layers and embeddings to products added in place."""
+class _Places(NamedTuple):
+    """Where a module holds the parameters, and what follows them."""
 
-    owner: Gather
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
-            if torch.is_grad_enabled():
-                if func is F.linear and _adds_in_place(*_weight_and_input(*args, **kwargs)):
-                    return _linear(*args, **kwargs)
-                if func is F.embedding and _adds_in_place(args[1]) and _is_plain_lookup(kwargs):
-                    return _Embedding.apply(*args)
-            return func(*args, **kwargs)
-
-
-def _adds_in_place(weight: Any, activations: Any = None) -> bool:
-    """Whether the weight's gradient may be added straight into its buffer."""
-    return (
-        isinstance(weight, _Alias)
-        and weight.dim() == 2
-        and weight.owner.adds_in_place(weight)
-        and (activations is None or activations.dtype == weight.dtype)
-        and not torch.is_autocast_enabled(weight.device.type)
-    )
-
-
-def _is_plain_lookup(options: Mapping[str, Any]) -> bool:
-    """Whether an embedding, which hands all its options on by name, has none of them set."""
-    return all(value is None or value is False for name, value in options.items() if name != "norm_type")
-
-
-def _weight_and_input(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return weight, input
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return cast(Tensor, _Linear.apply(input, weight, bias))
-
-
-class _Linear(torch.autograd.Function):
-    """`F.linear` whose weight gradient is added into the gathering buffer by one matrix product."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x)
-        cast(Any, ctx).weight = weight
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        context, (g,) = cast(Any, ctx), grad_outputs
-        (x,) = cast("tuple[Tensor]", context.saved_tensors)
-        weight = cast(_Alias, context.weight)
-        rows, columns = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-        needs_x, _, needs_bias = cast("tuple[bool, bool, bool]", context.needs_input_grad)
-        weight_gradient = None
-        if weight.owner.paused:
-            weight_gradient = rows.t() @ columns
-        else:
-            weight.owner.add_product(weight, rows.t(), columns)
-        return g @ weight if needs_x else None, weight_gradient, rows.sum(0) if needs_bias else None
-
-
-class _Embedding(torch.autograd.Function):
-    """`F.embedding` whose weight gradient is added row by row into the gathering buffer."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, indices: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(indices)
-        cast(Any, ctx).weight = weight
-        return F.embedding(indices, weight)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[None, Tensor | None]:
-        (g,), context = grad_outputs, cast(Any, ctx)
-        (indices,) = cast("tuple[Tensor]", context.saved_tensors)
-        weight = cast(_Alias, context.weight)
-        indices, rows = indices.reshape(-1), g.reshape(-1, g.shape[-1])
-        if weight.owner.paused:
-            return None, rows.new_zeros(weight.shape).index_add(0, indices, rows)
-        weight.owner.add_rows(weight, indices, rows)
-        return None, None
+    module: nn.Module
+    parameters: Sequence[tuple[dict[str, Any], str, Tensor]]  # a submodule's own parameters, the name, the parameter
+    recurrent: Sequence[nn.RNNBase]
+    fused: Sequence[tuple[nn.Module, Fused]]
 
 
 class Gather:
@@ -121,129 +46,221 @@ class Gather:
 
     Args:
         parameters: the trainable parameters by name, each once.
-        accumulate: instead of buffers, `accumulate(name, gradient)` gets each chunk's gradient of each parameter;
-            whatever is linear in the gradient (a projection, a selection of columns) stays exact. Nothing is then
-            delivered. The tensor is the caller's to keep.
+        sinks: by name, what takes each chunk's gradient of a parameter instead of a buffer; whatever is linear in the
+            gradient (a projection, a selection of columns) stays exact. Nothing is then delivered for it. The tensor is
+            the sink's to keep.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], accumulate: Accumulate | None = None) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], sinks: Mapping[str, Sink] | None = None) -> None:
         self._parameters = dict(parameters)
-        self._accumulate = accumulate
-        self.paused = True  # while the model runs: a gradient that it takes itself, on the way, is not to be added
+        self._sinks = dict(sinks or {})
         self._wide: dict[str, Tensor] = {}
         self._places: _Places | None = None
-        self._aliases: dict[int, Tensor] = {}
+        self._thread: int | None = None  # which thread runs a chunk on the stand-ins
+        self._graph_task: int | None = None  # autograd's number of the chunk's own backward pass
+        self._stand_ins: dict[int, Tensor] = {}
+        guard = _only_inside(weakref.ref(self))  # no cycle: buffers go when the call is over
         for name, parameter in self._parameters.items():
-            alias = parameter.detach().as_subclass(_Alias)
-            alias.requires_grad_()
-            alias.owner = weakref.proxy(self)  # no cycle: buffers go when the call is over
-            if accumulate is not None or alias.dtype in (torch.bfloat16, torch.float16):
-                alias.register_post_accumulate_grad_hook(self._hook(name))
-            self._aliases[id(parameter)] = alias
+            stand_in = parameter.detach().requires_grad_()
+            stand_in.register_hook(guard)
+            if name in self._sinks or stand_in.dtype in (torch.bfloat16, torch.float16):
+                stand_in.register_post_accumulate_grad_hook(self._hook(name))
+            self._stand_ins[id(parameter)] = stand_in
+        self.edges = [get_gradient_edge(x) for x in self._stand_ins.values()]
 
     @property
-    def aliases(self) -> list[Tensor]:
-        """The stand-ins, in the order of the parameters."""
-        return list(self._aliases.values())
+    def stand_ins(self) -> list[Tensor]:
+        """In the order of the parameters."""
+        return list(self._stand_ins.values())
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
-        gradients = [alias.grad for alias in self._aliases.values()]
+        gradients = [x.grad for x in self._stand_ins.values()]
         return sum(g.nbytes for g in gradients if g is not None) + sum(g.nbytes for g in self._wide.values())
 
-    def adds_in_place(self, alias: Tensor) -> bool:
-        """Whether products may be added straight into this parameter's buffer."""
-        return self._accumulate is None and alias.dtype in (torch.float32, torch.float64)
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has gathered yet."""
+        return not self._wide and all(x.grad is None for x in self._stand_ins.values())
 
-    def add_product(self, alias: Tensor, left: Tensor, right: Tensor) -> None:
-        """Add `left @ right` to the gradient of `alias`."""
-        if alias.grad is None:
-            alias.grad = left @ right
+    def is_inside(self, device: torch.device) -> bool:
+        """Whether a chunk runs on the stand-ins, and in this thread (on other devices autograd has threads of its own)."""
+        return self._thread is not None and (device.type != "cpu" or self._thread == threading.get_ident())
+
+    def is_own_backward(self) -> bool:
+        """Whether this is the chunk's own backward pass, and not one that the model runs on its way or inside it."""
+        return self._graph_task is not None and self._graph_task == torch._C._current_graph_task_id()  # pyright: ignore
+
+    def backward(
+        self, tensors: Sequence[Tensor], cotangents: Sequence[Tensor], leaves: Sequence[GradientEdge]
+    ) -> None:
+        """Backpropagate from `tensors` into the stand-ins, and into `leaves`."""
+
+        def note(_: Any) -> None:
+            self._graph_task = torch._C._current_graph_task_id()  # pyright: ignore
+
+        for x in tensors:
+            if x.grad_fn is not None:
+                x.grad_fn.register_prehook(note)
+        try:
+            # Edges, not tensors: a root may be a leaf as well (a state returned untouched)
+            torch.autograd.backward(tensors, cotangents, inputs=[*self.edges, *leaves])
+        finally:
+            self._graph_task = None
+
+    def add_product(self, stand_in: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add `left @ right` to the gradient of `stand_in`."""
+        if stand_in.grad is None:
+            stand_in.grad = left @ right
         else:
-            alias.grad.addmm_(left, right)
+            self._dense(stand_in).addmm_(left, right)
 
-    def add_rows(self, alias: Tensor, indices: Tensor, rows: Tensor) -> None:
-        """Add `rows` to the rows `indices` of the gradient of `alias`."""
-        if alias.grad is None:
-            alias.grad = torch.zeros_like(alias, requires_grad=False).as_subclass(Tensor)
-        alias.grad.index_add_(0, indices, rows)
+    def add_rows(self, stand_in: Tensor, indices: Tensor, rows: Tensor) -> None:
+        """Add `rows` to the rows `indices` of the gradient of `stand_in`."""
+        if stand_in.grad is None:
+            stand_in.grad = torch.zeros_like(stand_in, requires_grad=False)
+        self._dense(stand_in).index_add_(0, indices, rows)
 
-    def gradients(self) -> dict[str, Tensor | None]:
-        """What has gathered so far, by parameter name, in the parameter's own dtype; None where nothing came."""
-        return {
-            name: self._wide[name].to(parameter.dtype) if name in self._wide else self._aliases[id(parameter)].grad
-            for name, parameter in self._parameters.items()
-        }
+    @staticmethod
+    def _dense(stand_in: Tensor) -> Tensor:
+        """The buffer; a sparse embedding tied to a dense layer leaves a sparse one."""
+        assert stand_in.grad is not None
+        if stand_in.grad.layout is not torch.strided:
+            stand_in.grad = stand_in.grad.to_dense()
+        return stand_in.grad
 
-    def deliver(self, extra: Sequence[tuple[Tensor, Tensor]] = (), *, parameters: bool = True) -> None:
+    def take(self) -> dict[str, Tensor | None]:
+        """Hand out what has gathered, by parameter name, in the parameter's own dtype; None where nothing came."""
+        taken: dict[str, Tensor | None] = {}
+        for name, parameter in self._parameters.items():
+            stand_in = self._stand_ins[id(parameter)]
+            gradient, stand_in.grad = stand_in.grad, None
+            taken[name] = self._wide.pop(name).to(parameter.dtype) if name in self._wide else gradient
+        return taken
+
+    def deliver(self, extra: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
         """Send each gathered gradient through its real leaf, once: `.grad` grows and the leaf's hooks run.
 
-        A keyboard interrupt waits until all are delivered, so that `.grad` holds either nothing of this call or all.
+        Where `.grad` is None, the buffer itself becomes it. A keyboard interrupt waits until all are delivered, so that
+        `.grad` holds either nothing of this call or all.
 
         Args:
-            extra: further (tensor, gradient) pairs, delivered likewise: inputs, context.
-            parameters: whether the parameters' own are delivered (not with `accumulate`).
+            extra: further (tensor, gradient) pairs, delivered likewise: inputs, context, states.
         """
-        with uninterrupted(second_passes=False):
-            for name, parameter in self._parameters.items() if parameters else ():
-                alias = self._aliases[id(parameter)]
-                gradient, alias.grad = alias.grad, None
-                if name in self._wide:
-                    gradient = self._wide.pop(name).to(parameter.dtype)
-                if gradient is not None:
-                    torch.autograd.backward([parameter], [gradient])
+        with uninterrupted(second_passes=False), torch.enable_grad():
+            taken = self.take()
+            for name, parameter in self._parameters.items():
+                gradient = [g] if (g := taken.pop(name)) is not None else []
+                del g
+                if gradient:
+                    torch.autograd.backward([cast(Tensor, _HandOver.apply(parameter, gradient))])
             if extra:  # together: they may share a graph, which can be gone through only once
                 torch.autograd.backward([tensor for tensor, _ in extra], [gradient for _, gradient in extra])
 
     @contextmanager
     def swapped_into(self, module: nn.Module) -> Generator[None]:
-        """Within the block, `module` and all below it use the aliases in place of their parameters.
-
-        Products are added in place only once `paused` is set to False, when the chunk's own backward pass begins.
-        """
-        self.paused = True
-        places, recurrent = self._find_places(module)
+        """Within the block, `module` and all below it use the stand-ins in place of their parameters."""
+        places = self._find_places(module)
+        self._thread = threading.get_ident()
         try:
-            for own, name, parameter in places:
-                own[name] = self._aliases[id(parameter)]
-            for rnn in recurrent:
+            for own, name, parameter in places.parameters:
+                own[name] = self._stand_ins[id(parameter)]
+            for rnn in places.recurrent:
                 _refresh_flat_weights(rnn)
+            for layer, forward in places.fused:
+                layer.__dict__["forward"] = forward
             yield
         finally:
-            for own, name, parameter in places:
+            for layer, _ in places.fused:
+                layer.__dict__.pop("forward", None)
+            for own, name, parameter in places.parameters:
                 own[name] = parameter
-            for rnn in recurrent:
+            for rnn in places.recurrent:
                 _refresh_flat_weights(rnn)
+            self._thread = None
 
-    def _find_places(self, module: nn.Module) -> tuple[Sequence[_Place], Sequence[nn.RNNBase]]:
-        """Where `module` holds the parameters: looked up once, entered once per chunk."""
-        found = self._places
-        if found is None or found[0] is not module:
-            places: list[_Place] = [
+    def _find_places(self, module: nn.Module) -> _Places:
+        """Looked up once, entered once per chunk."""
+        if self._places is None or self._places.module is not module:
+            parameters = [
                 (cast("dict[str, Any]", submodule._parameters), name, parameter)  # pyright: ignore[reportPrivateUsage]
                 for submodule in module.modules()
                 for name, parameter in submodule._parameters.items()  # pyright: ignore[reportPrivateUsage]
-                if parameter is not None and id(parameter) in self._aliases
+                if parameter is not None and id(parameter) in self._stand_ins
             ]
-            found = self._places = (module, places, [m for m in module.modules() if isinstance(m, nn.RNNBase)])
-        return found[1:]
+            recurrent = [m for m in module.modules() if isinstance(m, nn.RNNBase)]
+            fused = [
+                (layer, Fused(self, layer, stand_in))
+                for layer in dict.fromkeys(outside_compiled(module))
+                if is_fusable(layer) and (stand_in := self._fusable(layer)) is not None
+            ]
+            self._places = _Places(module, parameters, recurrent, fused)
+        return self._places
+
+    def _fusable(self, layer: nn.Module) -> Tensor | None:
+        """The stand-in of the layer's weight, if products may be added into its buffer."""
+        stand_in = self._stand_ins.get(id(layer._parameters["weight"]))  # pyright: ignore[reportPrivateUsage]
+        return stand_in if stand_in is not None and self.adds_in_place(stand_in) else None
+
+    def adds_in_place(self, stand_in: Tensor) -> bool:
+        """Whether the buffer has the parameter's own dtype, and no sink is wanted instead."""
+        return not stand_in._post_accumulate_grad_hooks and stand_in.dtype in (torch.float32, torch.float64)
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
-        def take(alias: Tensor) -> None:
-            gradient, alias.grad = alias.grad, None
+        """Takes each chunk's gradient off a stand-in that has a sink, or a wider buffer."""
+        owner = weakref.ref(self)
+
+        def take(stand_in: Tensor) -> None:
+            gradient, stand_in.grad = stand_in.grad, None
+            gather = owner()
+            assert gather is not None
             assert gradient is not None
-            if self._accumulate is not None:
-                self._accumulate(name, gradient)
-            elif name in self._wide:
-                self._wide[name] += gradient
+            if name in gather._sinks:
+                gather._sinks[name](gradient)
+            elif name in gather._wide:
+                gather._wide[name] += gradient
             else:
-                self._wide[name] = gradient.float()
+                gather._wide[name] = gradient.float()
 
         return take
 
 
+class _HandOver(torch.autograd.Function):
+    """Gives a leaf its gradient without anybody else holding it, so that autograd keeps the tensor and copies nothing."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, parameter: Tensor, gradient: list[Tensor]) -> Tensor:
+        cast(Any, ctx).gradient = gradient
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return cast("list[Tensor]", cast(Any, ctx).gradient).pop(), None
+
+
+def refuse_escaped(gradient: Tensor | None) -> None:
+    """A tensor hook for what belongs to a chunk that is over."""
+    if gradient is not None:
+        raise SweepError(
+            "a backward pass reached into a chunk of a sweep from outside: through a tensor that a module kept while "
+            "the chunk ran (a side loss, a regulariser, an activation), or from another thread. Its gradient would be "
+            "lost. Return such a tensor among the outputs of forward and add it in loss_fn; run one thread at a time on "
+            "a model"
+        )
+
+
+def _only_inside(owner: weakref.ref[Gather]) -> Callable[[Tensor | None], None]:
+    def guard(gradient: Tensor | None) -> None:
+        gather = owner()
+        if gradient is not None and (gather is None or not gather.is_inside(gradient.device)):
+            refuse_escaped(gradient)
+
+    return guard
+
+
 def _refresh_flat_weights(rnn: nn.RNNBase) -> None:
-    """torch's recurrent layers hold a second list of their parameters, which must follow the swap."""
+    """torch's recurrent layers hold their parameters in a second list, and notice where it is out of date: it follows."""
     module = cast(Any, rnn)
     module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+    module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in module._flat_weights]

@@ -1,4 +1,4 @@
-"""Signals wait where a model is not its own: while it runs on aliases, and while gradients are delivered."""
+"""Signals wait where a model is not its own: while it runs on stand-ins, and while gradients are delivered."""
 
 from __future__ import annotations
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
 
 _MASK = (1 << 64) - 1
+_turn = threading.RLock()  # a process has one generator for its CPU: sweeps in other threads wait for a chunk's end
 
 
 def draw_seed() -> int:
@@ -25,16 +27,20 @@ def derive_seed(seed: int, index: int) -> int:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Generator[None]:
-    """Within the block the generators of CPU and device draw from `seed`; then they stand where they stood."""
+    """Within the block the generators of CPU and device draw from `seed`; then they are where they were.
+
+    One thread at a time: others wait.
+    """
     backend = None if device.type == "cpu" else torch.get_device_module(device)
-    cpu_state = torch.get_rng_state()
-    device_state = None if backend is None else backend.get_rng_state()
-    try:
-        torch.default_generator.manual_seed(seed)
-        if backend is not None:
-            backend.manual_seed(seed)
-        yield
-    finally:
-        torch.set_rng_state(cpu_state)
-        if backend is not None:
-            backend.set_rng_state(device_state)
+    with _turn:
+        cpu_state = torch.get_rng_state()
+        device_state = None if backend is None else backend.get_rng_state()
+        try:
+            torch.default_generator.manual_seed(seed)
+            if backend is not None:
+                backend.manual_seed(seed)
+            yield
+        finally:
+            torch.set_rng_state(cpu_state)
+            if backend is not None:
+                backend.set_rng_state(device_state)

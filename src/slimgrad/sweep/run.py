@@ -23,14 +23,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from slimgrad.errors import ConsumedError, ModelError, SweepError
 from slimgrad.sweep import tree
 from slimgrad.sweep.carriers import Carrier, Mode, Root, carrier_for, mismatch
+from slimgrad.sweep.gather import refuse_escaped
 from slimgrad.sweep.schedule import Action, Kind, Schedule
 from slimgrad.sweep.state import Growing, PrefixSum
 from slimgrad.sweep.store import Store
+from slimgrad.sweep.witness import LossRecord, fetch
 
 
 @dataclass
@@ -55,13 +56,8 @@ class Program(Protocol):
         """How many chunks the sequence has, at least 1."""
         ...
 
-    @property
-    def parameters(self) -> Sequence[Tensor]:
-        """The leaves that take gradients in every chunk, and gather them in `.grad` (see `gather`)."""
-        ...
-
     def chunk_context(self, chunk: int) -> AbstractContextManager[None]:
-        """Within it, chunk `chunk` runs, and runs the same each time: seeds, autocast, aliases. -1: initial state."""
+        """Within it, chunk `chunk` runs, and runs the same each time: seeds, stand-ins. -1: initial state."""
         ...
 
     def advance(self, chunk: int, state: tree.Tree) -> tree.Tree:
@@ -70,6 +66,10 @@ class Program(Protocol):
 
     def run(self, chunk: int, state: tree.Tree) -> ChunkResult:
         """The loss of the chunk and the state after it."""
+        ...
+
+    def backward(self, chunk: int, roots: Sequence[Root], leaves: Sequence[Tensor]) -> None:
+        """Backpropagate from the roots into `leaves`, which belong to the chunk, and into the parameters."""
         ...
 
     def collect(self, chunk: int, result: ChunkResult, phase: str) -> None:
@@ -166,7 +166,7 @@ class Run:
         self._checksums = [array("q") for _ in self._carriers] if verify_bits else []
         self._final_state: tree.Tree = None
         self._final_gradient: Sequence[Tensor | None] = ()
-        self._parameter_edges: list[GradientEdge] | None = None
+        self._losses = LossRecord()
         self._phase = "new"
 
     @property
@@ -261,10 +261,16 @@ class Run:
         with _inside_chunk(), self._program.chunk_context(chunk), torch.set_grad_enabled(self._verify_bits):
             state = self._bind(mode, chunk)
             if losses:
-                result = self._program.run(chunk, state)
+                with self._naming_states(chunk):
+                    result = self._program.run(chunk, state)
                 self._take(result.state)
+                if self._verify_bits:
+                    self._losses.record(chunk, result.loss)
             else:
-                self._take(self._program.advance(chunk, state))
+                with self._naming_states(chunk):
+                    following = self._program.advance(chunk, state)
+                self._take(following)
+        self._settle([] if result is None else result.leaves)
         if mode is Mode.FORWARD:
             self._record(chunk)
         else:
@@ -289,16 +295,16 @@ class Run:
 
     def _reverse_chunk(self, chunk: int, mode: Mode, cotangent: Callable[[int], Tensor | None]) -> None:
         with _inside_chunk(), self._program.chunk_context(chunk):
-            with torch.enable_grad():
+            with torch.enable_grad(), self._naming_states(chunk):
                 result = self._program.run(chunk, self._bind(mode, chunk))
             self._take(result.state)
             self._check()
+            self._losses.check(chunk, result.loss)
             if chunk == self._num_chunks - 1:
                 self._final_state = self._collect_final()
                 self._enter_final_gradient()
             self._backward(chunk, result, cotangent(chunk))
-        for carrier in self._carriers:
-            carrier.settle()
+        self._settle(result.leaves)
         self._program.collect(chunk, result, "reverse")
         self._tell("reverse", chunk, result)
 
@@ -309,19 +315,33 @@ class Run:
             roots.append(Root(result.loss, loss_grad.to(result.loss.dtype).expand_as(result.loss)))
         if not roots:
             return
-        sources = [source for carrier in self._carriers for source in carrier.sources()]
-        if chunk == self._num_chunks - 1:
-            parameters = self._program.parameters
-            _refuse_foreign_leaves([root.tensor for root in roots], [*parameters, *result.leaves, *sources])
         for carrier in self._carriers:
             carrier.in_backward = True
-        # a root that is itself a source (a state returned untouched) takes its cotangent like any other
-        # Edges, not tensors: aliases among the inputs would switch torch functions off for the whole backward pass, and
-        # activation checkpointing would run the chunk again without them.
-        if self._parameter_edges is None:
-            self._parameter_edges = [get_gradient_edge(x) for x in self._program.parameters]
-        edges = [*self._parameter_edges, *(get_gradient_edge(x) for x in (*result.leaves, *sources))]
-        torch.autograd.backward([r.tensor for r in roots], [r.cotangent for r in roots], inputs=edges)
+        sources = [source for carrier in self._carriers for source in carrier.sources()]
+        self._program.backward(chunk, roots, [*result.leaves, *sources])
+
+    def _settle(self, leaves: Sequence[Tensor]) -> None:
+        """The chunk is over: whatever still holds on to its graph may not go back through it."""
+        for leaf in (*leaves, *(source for carrier in self._carriers for source in carrier.sources())):
+            leaf.register_hook(refuse_escaped)
+        for carrier in self._carriers:
+            carrier.settle()
+            carrier.in_backward = False
+
+    @contextmanager
+    def _naming_states(self, chunk: int) -> Generator[None]:
+        """Say what torch means where it refuses to write to a leaf."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "leaf Variable that requires grad" not in str(error):
+                raise
+            names = ", ".join(carrier.name for carrier in self._carriers)
+            raise ModelError(
+                f"a state ({names}), an input or a parameter was modified in place in chunk {chunk}; expected a new "
+                "tensor (the old one is still needed on the way back). Use out-of-place operations, or clone the state "
+                "first: state = state.clone()"
+            ) from error
 
     def _bind(self, mode: Mode, chunk: int) -> tree.Tree:
         return tree.unflatten([carrier.bind(mode, chunk) for carrier in self._carriers], self._spec)
@@ -360,20 +380,23 @@ class Run:
 
     def _record(self, chunk: int) -> None:
         """Note the bits of the live state after `chunk` (-1: the initial state)."""
-        for log, carrier in zip(self._checksums, self._carriers, strict=False):
-            bits = carrier.checksum()
+        if not self._checksums:
+            return
+        for log, bits in zip(self._checksums, fetch([c.checksum() for c in self._carriers]), strict=True):
             if bits is not None:
                 assert len(log) == chunk + 1
-                log.append(int(bits))
+                log.append(bits)
 
     def _check(self) -> None:
         """Compare the bits of each rebuilt state with those noted, where the forward sweep came so far."""
-        for log, carrier in zip(self._checksums, self._carriers, strict=False):
-            position = carrier.checked_chunk + 1
-            if position < len(log):
-                bits = carrier.checksum()
-                if bits is not None and int(bits) != log[position]:
-                    raise mismatch(carrier.name, carrier.chunk)
+        known = [
+            (log[carrier.checked_chunk + 1], carrier)
+            for log, carrier in zip(self._checksums, self._carriers, strict=False)
+            if carrier.checked_chunk + 1 < len(log)
+        ]
+        for (noted, carrier), bits in zip(known, fetch([c.checksum() for _, c in known]), strict=True):
+            if bits is not None and bits != noted:
+                raise mismatch(carrier.name, carrier.chunk)
 
     def _tell(self, phase: str, chunk: int, result: ChunkResult | None) -> None:
         if self._on_chunk is None:
@@ -381,7 +404,7 @@ class Run:
         norm = None
         if phase == "reverse":
             adjoints = [a for a in (carrier.adjoint() for carrier in self._carriers) if a is not None]
-            norm = float(torch.stack([a.float().norm() for a in adjoints]).norm()) if adjoints else 0.0
+            norm = float(torch.stack([a.abs().float().norm() for a in adjoints]).norm()) if adjoints else 0.0
         loss = None if result is None else float(result.loss.detach().sum())
         self._on_chunk(Event(phase, chunk, self._num_chunks, loss, self.held_bytes, norm))
 
@@ -397,7 +420,6 @@ class Run:
         self._phase = "closed"
         self._slots.clear()
         self._store.close()
-        self._parameter_edges = None
 
 
 def _constant(cotangent: Tensor) -> Callable[[int], Tensor | None]:
@@ -416,23 +438,3 @@ def match_gradient(gradient: tree.Tree, spec: tree.TreeSpec, names: Sequence[str
         if isinstance(leaf, PrefixSum | Growing) or not (leaf is None or isinstance(leaf, Tensor)):
             raise SweepError(f"the gradient of state {name}: expected a tensor or None, got {type(leaf).__name__}")
     return leaves
-
-
-def _refuse_foreign_leaves(roots: Sequence[Tensor], known: Sequence[Tensor]) -> None:
-    """Raise if the chunk's graph ends in a tensor whose gradient nobody would gather."""
-    known_ids = {id(leaf) for leaf in known}
-    seen: set[Any] = set()
-    pending: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known_ids:
-            raise ModelError(
-                f"the loss depends on a tensor of shape {tuple(leaf.shape)} that requires gradients and is neither a "
-                "parameter of the model, nor an input, nor part of the state: its gradient would be lost. Make it a "
-                "parameter of the model (a loss with parameters is a method of the model), or pass it as context"
-            )
-        pending.extend(function for function, _ in node.next_functions if function is not None)

@@ -19,9 +19,15 @@ unflatten = pytree.tree_unflatten
 leaves = pytree.tree_leaves
 
 
+_LEAF = object()
+
+
 def skeleton(spec: TreeSpec) -> Tree:
-    """A tree of structure `spec` with nothing in it: what `flatten_like` compares with."""
-    return pytree.tree_unflatten([None] * spec.num_leaves, spec)
+    """A tree of structure `spec` with nothing in it: what `flatten_like` compares with.
+
+    Its leaves are not None, which a registered dataclass leaves out when it is flattened.
+    """
+    return pytree.tree_unflatten([_LEAF] * spec.num_leaves, spec)
 
 
 def flatten_like(tree: Tree, like: Tree) -> list[Any]:
@@ -52,8 +58,9 @@ def _collect(tree: Tree, like: Tree, found: list[Any]) -> None:
             _collect(part, part_like, found)
     else:  # a container that its owner registered
         parts, spec = pytree.tree_flatten(tree)
-        if spec != pytree.tree_flatten(like)[1]:
-            raise ValueError(f"expected {like!r}, got {tree!r}")
+        expected = pytree.tree_flatten(like)[1]
+        if spec != expected:
+            raise ValueError(f"expected {expected}, got {spec} (a field that is None at first: begin with zeros)")
         found += parts
 
 
@@ -78,5 +85,8 @@ def tensors(tree: Tree) -> list[Tensor]:
 
 def paths(tree: Tree) -> list[str]:
     """A readable name for each leaf, in order, as one would index it: `['layers'][0]`."""
-    named, _ = pytree.tree_flatten_with_path(tree)
+    try:
+        named, _ = pytree.tree_flatten_with_path(tree)
+    except ValueError:  # a container that was registered without names for its entries
+        return [f"leaf {number}" for number in range(len(leaves(tree)))]
     return [pytree.keystr(path) or "(the state itself)" for path, _ in named]

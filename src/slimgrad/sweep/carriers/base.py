@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from enum import Enum, auto
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from slimgrad.errors import ModelError, StateMismatchError
@@ -50,6 +51,19 @@ class Carrier(ABC, Generic[Token]):
         self.peeking = False  # the chunk will be run a second time from the same live state
         self.in_backward = False  # a call of the model then is activation checkpointing, running the chunk again
 
+    @property
+    def reverses(self) -> bool:
+        """Whether the chunk is run for its gradient."""
+        return self.mode in (Mode.FROM_BEFORE, Mode.ROLL_BACK)
+
+    def require_grad_mode(self, call: str) -> None:
+        """Raise where a chunk that is run for its gradient is run without one."""
+        if self.reverses and not torch.is_grad_enabled():
+            raise ModelError(
+                f"state {self.name}: {call} was called without gradients in the reverse sweep; expected them on. "
+                "Remove torch.no_grad, and use torch.utils.checkpoint with use_reentrant=False"
+            )
+
     def bind(self, mode: Mode, chunk: int) -> Any:
         """The leaf to hand to the model."""
         self.mode, self.chunk, self.in_backward = mode, chunk, False
@@ -71,7 +85,7 @@ class Carrier(ABC, Generic[Token]):
         return []
 
     def settle(self) -> None:
-        """After the backward pass: the adjoint is now that of the state before the chunk."""
+        """The chunk is over: forget its graph. In the reverse sweep the adjoint is now that of the state before it."""
 
     @abstractmethod
     def keep(self, store: Store, *, rolls_back: bool) -> Token | None:

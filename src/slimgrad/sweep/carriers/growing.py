@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from slimgrad.errors import ModelError
-from slimgrad.sweep.carriers.base import Carrier, Mode, Root, mismatch
+from slimgrad.sweep.carriers.base import Carrier, Root, mismatch
+from slimgrad.sweep.gather import refuse_escaped
 from slimgrad.sweep.state import SPENT, Growing
 from slimgrad.sweep.store import Store
 
@@ -26,8 +27,11 @@ class _Append(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (g,), start = grad_outputs, cast(int, cast(Any, ctx).start)
+        carrier = cast(GrowingCarrier, cast(Any, ctx).carrier)
+        if not carrier.in_backward:
+            refuse_escaped(g)
         if start:
-            cast(GrowingCarrier, cast(Any, ctx).carrier).add_gradient(g[:, :start])
+            carrier.add_gradient(g[:, :start])
         return g[:, start:].to(cast(Any, ctx).dtype), None, None, None
 
 
@@ -93,7 +97,9 @@ class GrowingCarrier(Carrier[int]):
         if not self.in_backward:
             self._length = stop
             self._write(rows.detach(), start, stop)
-        if self.mode in (Mode.FORWARD, Mode.AGAIN) or not rows.is_floating_point():
+        if rows.is_floating_point():
+            self.require_grad_mode("append")
+        if not torch.is_grad_enabled() or not rows.is_floating_point():
             rows, all_rows = rows.detach(), self.prefix(stop)
         else:
             if self._anchor is None:
@@ -136,8 +142,9 @@ class GrowingCarrier(Carrier[int]):
         return [] if self._anchor is None else [self._anchor]
 
     def settle(self) -> None:
-        self._length = self.length
-        self._bound = self._following = self._rows = None
+        if self.reverses:
+            self._length = self.length
+        self._bound = self._following = self._rows = self._anchor = None
 
     def keep(self, store: Store, *, rolls_back: bool) -> int | None:
         return None if rolls_back else self._length

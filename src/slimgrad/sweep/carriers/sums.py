@@ -79,13 +79,9 @@ class SumCarrier(Carrier[tuple[Handle, Snapshot]]):
                 f"state {self.name}, chunk {self.chunk}: {error}; expected finite values. Look for an overflow in the "
                 "layer that owns this state (a learning rate too high, 16-bit features)"
             ) from None
-        if self.mode in (Mode.FROM_BEFORE, Mode.ROLL_BACK) and before.dtype.is_floating_point:
-            if not torch.is_grad_enabled():
-                raise ModelError(
-                    f"state {self.name}: advance was called without gradients in the reverse sweep; expected them on. "
-                    "Remove torch.no_grad, and use torch.utils.checkpoint with use_reentrant=False"
-                )
-            before = before.detach().requires_grad_()
+        if before.dtype.is_floating_point:
+            self.require_grad_mode("advance")
+            before = before.detach().requires_grad_(torch.is_grad_enabled())  # in both sweeps: kernels depend on it
         self._delta, self._before, self._after = delta.detach(), before, after
         self._following = self._follow(before, delta, after)
         return before, self._following
@@ -108,7 +104,7 @@ class SumCarrier(Carrier[tuple[Handle, Snapshot]]):
         return [self._before] if self._before is not None and self._before.requires_grad else []
 
     def settle(self) -> None:
-        if self._before is not None:  # an untouched sum passes its adjoint through
+        if self._before is not None and self.reverses:  # an untouched sum passes its adjoint through
             self._adjoint, self._before.grad = self._before.grad, None
         if self._delta is not None and self.logs and self.mode is Mode.FROM_BEFORE:
             self.accumulator.subtract(self._delta)  # the last chunk: from here on the sum rolls back
