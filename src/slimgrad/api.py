@@ -91,6 +91,8 @@ def backward(
         for index, gradient in enumerate(call.one_per_sequence(final_state_grad)):
             started = call.start(index)
             started.run.forward()
+            if index == 0:
+                call.refuse_gathered()
             initial_grads.append(started.reverse(call.loss_grad, gradient))
             final_states.append(started.run.final_state)
         call.deliver(initial_grads)

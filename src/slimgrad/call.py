@@ -14,7 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from slimgrad.budget import choose_schedule
 from slimgrad.chunks import ChunkedSequence, LossFn, SharedModel, sum_dtype
-from slimgrad.errors import ConsumedError, InputError
+from slimgrad.errors import ConsumedError, InputError, ModelError
 from slimgrad.losses import count_targets
 from slimgrad.parallel import one_thread_at_a_time
 from slimgrad.protocol import require_causal_model
@@ -219,6 +219,15 @@ class Call:
                 "requires_grad. For the loss alone use slimgrad.evaluate"
             )
 
+    def refuse_gathered(self) -> None:
+        """Refuse a model that ran a backward pass of its own into its parameters, in a sweep that takes no gradients."""
+        if self._gather is not None and not self._gather.is_empty:
+            raise ModelError(
+                "a .backward() within forward added gradients to the model's parameters. Each chunk runs twice, so they "
+                "would be added twice; expected forward to leave .grad alone. Use torch.autograd.grad for gradients that "
+                "the model takes itself, or run that backward pass outside of it"
+            )
+
     def takers(self) -> list[Tensor]:
         """Every tensor whose gradient the caller may ask for: parameters, inputs, context, state."""
         return [*self._parameters.values(), *self._others()]
@@ -293,6 +302,7 @@ class _ChunkedLoss(torch.autograd.Function):
             context.started = [call.start(index) for index in range(len(call.sequences))]
             for one in context.started:
                 one.run.forward(losses=True)
+            call.refuse_gathered()
         context.call, context.called_with = call, CalledWith(call.model)
         ctx.save_for_backward(*takers)  # so that a change before backward is noticed
         given = [*call.given, *call.model.buffers(), *(p for p in call.model.parameters() if not p.requires_grad)]

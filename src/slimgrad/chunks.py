@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils import parametrize
 
 from slimgrad.errors import InputError, ModelError
-from slimgrad.losses import IGNORED
+from slimgrad.losses import IGNORED, is_mean_over_time
 from slimgrad.sweep import tree
 from slimgrad.sweep.carriers import Root
 from slimgrad.sweep.fused import is_compiled
@@ -79,8 +79,10 @@ class SharedModel:
         """The autocast of the call, for the model; or none, for a backward pass, as torch advises."""
         with ExitStack() as stack:
             for kind, enabled, dtype in self._autocast:
-                # without the cache: a cast cached under no_grad would come back without a graph
-                stack.enter_context(torch.autocast(kind, dtype, enabled=enabled and as_called, cache_enabled=False))
+                wanted = enabled and as_called
+                if wanted or torch.is_autocast_enabled(kind):
+                    # without the cache: a cast cached under no_grad would come back without a graph
+                    stack.enter_context(torch.autocast(kind, dtype, enabled=wanted, cache_enabled=False))
             yield
 
     def _run(self, method: str, call: Callable[..., Any], inputs: tree.Tree, state: tree.Tree) -> Any:
@@ -126,7 +128,7 @@ class SharedModel:
         if not strangers:
             return
         (leaf, *_) = strangers
-        name = next((name for name, p in self.model.named_parameters() if p is leaf), None)
+        name = self.gather.name_of(leaf)
         if name is not None:
             raise ModelError(
                 f"{where}: parameter {name} was used, but not read from its module: a dict, a list or a closure holds it "
@@ -243,6 +245,12 @@ class ChunkedSequence:
                 raise InputError(f"loss_fn returned a dict without 'loss'; got the keys {sorted(loss)}")
             loss = loss["loss"]
         self._check_loss(loss, chunk)
+        if self.num_chunks > 1 and is_mean_over_time(loss, self.batch, self.span(chunk)):
+            raise InputError(
+                "loss_fn returned the mean over its chunk; expected the sum, so that the chunks add up to the loss of the "
+                "whole, which slimgrad then divides by the number of targets (normalizer=). Use reduction='sum', or "
+                ".sum() in place of .mean()"
+            )
         return ChunkResult(loss, following, metrics, leaves)
 
     def backward(self, chunk: int, roots: Sequence[Root], leaves: Sequence[Tensor]) -> None:

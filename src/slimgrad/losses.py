@@ -44,3 +44,17 @@ def count_targets(targets: Any, batch: int, time: int) -> int:
     if isinstance(targets, Tensor) and not targets.is_floating_point() and not targets.is_complex():
         return sum(int((piece != IGNORED).sum()) for piece in targets.split(_COUNT_PIECE, dim=1))
     return batch * time
+
+
+def is_mean_over_time(loss: Tensor, batch: int, span: tuple[int, int]) -> bool:
+    """Whether `loss` was made by one mean over the tokens of a chunk, as far as its graph tells.
+
+    A mean over the batch alone adds up over chunks, and so does the mean of a single token.
+    """
+    made_by: Any = loss.grad_fn
+    time = span[1] - span[0]
+    if made_by is None or time == 1:
+        return False
+    if getattr(made_by, "_saved_reduction", None) == 1:  # torch's own losses: 0 is none, 1 the mean, 2 the sum
+        return True
+    return type(made_by).__name__.startswith("MeanBackward") and made_by._saved_self_sym_numel >= batch * time

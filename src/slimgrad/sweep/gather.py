@@ -84,6 +84,10 @@ class Gather:
         """Whether nothing has gathered yet."""
         return not self._wide and all(x.grad is None for x in self._stand_ins.values())
 
+    def name_of(self, x: Tensor) -> str | None:
+        """The name of the parameter that `x` is, if it is one."""
+        return next((name for name, parameter in self._parameters.items() if parameter is x), None)
+
     def is_inside(self, device: torch.device) -> bool:
         """Whether a chunk runs on the stand-ins, and in this thread (on other devices autograd has threads of its own)."""
         return self._thread is not None and (device.type != "cpu" or self._thread == threading.get_ident())

@@ -14,7 +14,8 @@ _turn = threading.RLock()  # a process has one generator for its CPU: sweeps in 
 
 def draw_seed() -> int:
     """One 64-bit draw from torch's global generator: so a seeded program stays reproducible."""
-    return int(torch.randint(-(1 << 63), (1 << 63) - 1, ()).item()) & _MASK
+    with _turn:
+        return int(torch.randint(-(1 << 63), (1 << 63) - 1, ()).item()) & _MASK
 
 
 def derive_seed(seed: int, index: int) -> int:
