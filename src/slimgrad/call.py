@@ -148,18 +148,9 @@ class Call:
             )
         self._gather = Gather(self._parameters, sinks) if gathers else None
         self._shared = SharedModel(self.model, self._gather, options.context)
-        seed = draw_seed()
+        self._seed = draw_seed()
         self.sequences = [
-            ChunkedSequence(
-                self._shared,
-                one,
-                goal,
-                chunk=chunk,
-                seed=derive_seed(seed, index),
-                loss_fn=options.loss_fn,
-                per_token=per_token,
-                collect_in=collect_in,
-            )
+            self._sequence(one, goal, index, collect_in)
             for index, (one, goal) in enumerate(zip(self._inputs, goals, strict=True))
         ]
         self.num_targets = sum(
@@ -168,6 +159,25 @@ class Call:
         )
         reciprocal = _reciprocal(options.normalizer, self.num_targets)
         self.loss_grad = torch.tensor(reciprocal, dtype=sum_dtype(self._shared.device), device=self._shared.device)
+
+    def _sequence(self, inputs: Any, targets: Any, index: int, collect_in: str) -> ChunkedSequence:
+        try:
+            return ChunkedSequence(
+                self._shared,
+                inputs,
+                targets,
+                chunk=self._options.chunk,
+                seed=derive_seed(self._seed, index),
+                loss_fn=self._options.loss_fn,
+                per_token=self._per_token,
+                collect_in=collect_in,
+            )
+        except InputError as error:
+            if not self.is_list:
+                raise
+            raise InputError(
+                f"sequence {index} of the list: {error}. Leave empty documents out, with their targets and states"
+            ) from None
 
     def one_per_sequence(self, value: Any) -> list[Any]:
         """An argument as a list along the sequences."""

@@ -200,8 +200,10 @@ class ChunkedSequence:
             self._tokens = next_token_inputs(inputs)
         elif batch_and_time(targets) != (self.batch, self.time):
             raise InputError(
-                f"targets must have the inputs' batch and time ({self.batch}, {self.time}), "
-                f"got {batch_and_time(targets)}"
+                f"targets must have the inputs' batch and time ({self.batch}, {self.time}), got "
+                f"{batch_and_time(targets)}: one target for each step. For one label per sequence write it at the step "
+                "that should predict it and -100 at all others; for regression pass a dict of targets and a mask, both "
+                "[batch, time, ...], with a loss_fn that uses the mask and normalizer= the number of steps that count"
             )
         self.loss_sum = torch.zeros((), dtype=sum_dtype(shared.device), device=shared.device)
         self.loss_dtype = torch.float32
@@ -244,7 +246,7 @@ class ChunkedSequence:
             if "loss" not in loss:
                 raise InputError(f"loss_fn returned a dict without 'loss'; got the keys {sorted(loss)}")
             loss = loss["loss"]
-        self._check_loss(loss, chunk)
+        self._check_loss(loss, chunk, outputs)
         if self.num_chunks > 1 and is_mean_over_time(loss, self.batch, self.span(chunk)):
             raise InputError(
                 "loss_fn returned the mean over its chunk; expected the sum, so that the chunks add up to the loss of the "
@@ -307,13 +309,27 @@ class ChunkedSequence:
             shifted = torch.cat([shifted, shifted.new_full((self.batch, 1), IGNORED)], dim=1)
         return shifted
 
-    def _check_loss(self, loss: Any, chunk: int) -> None:
+    def _check_loss(self, loss: Any, chunk: int, outputs: Any) -> None:
         start, stop = self.span(chunk)
         expected = (self.batch, stop - start) if self._per_token else ()
         if not isinstance(loss, Tensor) or loss.shape != torch.Size(expected):
             came = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             kind = "one loss per token, shape" if self._per_token else "the sum over the chunk, shape"
             raise InputError(f"loss_fn must return {kind} {list(expected)}; got {came}")
+        if not loss.is_floating_point():
+            kind = "a complex" if loss.is_complex() else "an integer"
+            raise InputError(
+                f"loss_fn returned {kind} tensor, which has no gradient; expected a floating one, got {loss.dtype}. "
+                "A count goes beside the loss, as a metric: {'loss': ..., 'errors': ...}"
+            )
+        # a chunk that is left out may well say so by a constant zero; any other number came from somewhere
+        lost = torch.is_grad_enabled() and not loss.requires_grad and bool((loss != 0).any())
+        if lost and any(x.requires_grad for x in tree.tensors(outputs)):
+            raise InputError(
+                f"loss_fn returned a loss without a graph for tokens {start} to {stop - 1}, though the outputs have "
+                "one: its gradient would be lost. Compute it from the outputs, without .detach(), .item() or no_grad; "
+                "for a chunk that is left out return zero"
+            )
 
 
 def batch_and_time(inputs: tree.Tree) -> tuple[int, int]:

@@ -10,8 +10,8 @@ Exception
     │   ├── LossMismatchError        a chunk's loss came out differently in the sweep that differentiates it
     │   ├── NonFiniteError           a NaN or an infinity reached a state
     │   └── ConsumedError            a run that was already reversed, or whose parameters changed since
-    └── RunError(RuntimeError)       a training run cannot go on; its snapshots are as they were
-        ├── StorageError             a file cannot be written: no space, a quota, a lost disk
+    └── RunError(RuntimeError)       a run cannot go on; what was there before is as it was
+        ├── StorageError             a file (a snapshot, kept states) cannot be written: no space, a quota, a lost disk
         └── MemoryLimitError         the memory that was stated is not enough
 ```
 
@@ -52,11 +52,11 @@ class ConsumedError(SweepError):
 
 
 class RunError(SlimgradError, RuntimeError):
-    """A training run cannot go on; its snapshots are as they were."""
+    """A run cannot go on: of training, whose snapshots are as they were, or of one gradient, and `.grad` is."""
 
 
 class StorageError(RunError):
-    """A file cannot be written."""
+    """A file cannot be written: of a training run, or of the states that a schedule keeps on disk."""
 
 
 class MemoryLimitError(RunError):

@@ -39,10 +39,19 @@ def cross_entropy_sum(outputs: Tensor, targets: Tensor) -> Tensor:
     return token_cross_entropy(outputs, targets).sum()
 
 
+def is_counted(targets: Tensor) -> Tensor:
+    """Where integer targets are not ignored.
+
+    Widened first, as the loss widens them: torch compares in the targets' own type, in which -100 is 156 (uint8) or
+    65436 (uint16), a class like any other.
+    """
+    return targets.long() != IGNORED
+
+
 def count_targets(targets: Any, batch: int, time: int) -> int:
     """How many targets are not ignored; for anything but integer targets, every position counts."""
     if isinstance(targets, Tensor) and not targets.is_floating_point() and not targets.is_complex():
-        return sum(int((piece != IGNORED).sum()) for piece in targets.split(_COUNT_PIECE, dim=1))
+        return sum(int(is_counted(piece).sum()) for piece in targets.split(_COUNT_PIECE, dim=1))
     return batch * time
 
 

@@ -1,7 +1,9 @@
 """The contract: whatever slimgrad computes chunk by chunk equals plain backpropagation, written out here by hand.
 
 Nothing of slimgrad takes part in the truth: the model is called once on the whole sequence, torch's cross-entropy is
-added up, autograd goes back. `check` and `check_carried` raise AssertionError where chunked and plain differ.
+added up, autograd goes back. Between the two stands the specification, `sweep/algorithm1.py`: the same chunks without
+schedules, carriers, exact sums and gathered gradients. Where the three differ, it says on which side the mistake is.
+`check` and `check_carried` raise AssertionError.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import slimgrad as sg
+from slimgrad.sweep import algorithm1
 
 Gradients = dict[str, Tensor]
 
@@ -68,11 +71,11 @@ def explicit(inputs: Any, targets: Tensor | None) -> Tensor:
     return F.pad(inputs[:, 1:], (0, 1), value=-100) if targets is None else targets
 
 
-def plain_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy over the targets that count."""
+def plain_loss(outputs: Tensor, targets: Tensor, count: int | None = None) -> Tensor:
+    """Summed cross-entropy over `count`, or else over the number of targets that count."""
     outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
     total = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-    return total / max(int((targets != -100).sum()), 1)
+    return total / max(int((targets != -100).sum()) if count is None else count, 1)
 
 
 def collect(model: nn.Module, inputs: Any, state_gradients: Any) -> Gradients:
@@ -135,6 +138,30 @@ def chunked(
     return loss.detach(), collect(model, inputs, [None if x is None else x.grad for x in leaves])
 
 
+def specified(
+    model: nn.Module, inputs: Any, targets: Any, *, chunk: int, state: Any = None
+) -> tuple[Tensor, Gradients]:
+    """The same by Algorithm 1 as the paper states it."""
+    targets = explicit(inputs, targets)
+    count = int((targets != -100).sum())
+    state = model.initial_state(batch_size(inputs)) if state is None else state
+    spans = [(start, start + chunk) for start in range(0, length(inputs), chunk)]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def step(chunk: Any, state: Any) -> tuple[Tensor, Any]:
+        outputs, following = model(chunk[0], state)
+        return plain_loss(outputs, chunk[1], count), following
+
+    loss, of_parameters, of_inputs, of_state = algorithm1.gradients(
+        step, [(between(inputs, *span), between(targets, *span)) for span in spans], state, [*parameters.values()]
+    )
+    floating = [f"input {i}" for i, x in enumerate(pytree.tree_leaves(inputs)) if is_floating(x)]
+    found = dict(zip(parameters, of_parameters, strict=True))
+    found |= {name: torch.cat(pieces, 1) for name, *pieces in zip(floating, *of_inputs, strict=True)}
+    floating = [f"state {i}" for i, x in enumerate(pytree.tree_leaves(state)) if is_floating(raw(x))]
+    return loss, found | {name: g for name, g in zip(floating, of_state, strict=True) if g.numel()}
+
+
 def worst_error(got: Gradients, expected: Gradients) -> tuple[float, str]:
     """The largest ||difference|| / max(||expected||, 1e-6 ||all expected||), and whose it is."""
     every = sum(float(g.double().norm()) ** 2 for g in expected.values()) ** 0.5
@@ -152,18 +179,26 @@ def global_error(got: Gradients, expected: Gradients) -> float:
     return (differences / sum(float(g.double().norm()) ** 2 for g in expected.values())) ** 0.5
 
 
-def require_close(got: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradients]) -> None:
+def without_state(found: tuple[Tensor, Gradients]) -> tuple[Tensor, Gradients]:
+    """All but the initial state's gradient, which went on to the parameters where the state is the model's own."""
+    return found[0], {name: g for name, g in found[1].items() if not name.startswith("state")}
+
+
+def require_close(
+    got: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradients], what: str = "chunked against plain"
+) -> None:
     """Raise AssertionError unless losses and all gradients agree."""
-    assert abs(float(got[0]) - float(expected[0])) <= TOLERANCE * abs(float(expected[0]))
+    difference = abs(float(got[0]) - float(expected[0]))
+    assert difference <= TOLERANCE * abs(float(expected[0])), f"{what}: the loss is off by {difference:.1e}"
     error, name = worst_error(got[1], expected[1])
-    assert error <= TOLERANCE, f"{name} is off by {error:.1e}"
+    assert error <= TOLERANCE, f"{what}: {name} is off by {error:.1e}"
 
 
 def check(
     build: Callable[[], tuple[nn.Module, Any, Any]], *, chunk: int, schedule: Any = None, way: str = "backward",
     from_state: bool = False,
 ) -> None:  # fmt: skip
-    """Chunked equals plain: loss, parameters, inputs, initial state.
+    """Chunked equals Algorithm 1 equals plain: loss, parameters, inputs, initial state.
 
     Args:
         build: a factory of `cases`.
@@ -174,12 +209,13 @@ def check(
     if from_state:
         with torch.no_grad():
             _, state = model(between(inputs, 0, 17), model.initial_state(batch_size(inputs)))
-    states = [None if state is None else fresh_state(state) for _ in range(2)]
+    states = [None if state is None else fresh_state(state) for _ in range(3)]
     expected = plain(model, inputs, targets, state=states[0])
-    got = chunked(way, model, inputs, targets, chunk=chunk, schedule=schedule, state=states[1])
-    if state is None and way != "backward":  # the initial state is the model's own: its gradient went on to parameters
-        expected = expected[0], {name: g for name, g in expected[1].items() if not name.startswith("state")}
-    require_close(got, expected)
+    by_the_page = specified(model, inputs, targets, chunk=chunk, state=states[1])
+    require_close(by_the_page, expected, "Algorithm 1 against plain")
+    got = chunked(way, model, inputs, targets, chunk=chunk, schedule=schedule, state=states[2])
+    for truth, what in ((by_the_page, "chunked against Algorithm 1"), (expected, "chunked against plain")):
+        require_close(got, truth if state is not None or way == "backward" else without_state(truth), what)
 
 
 def check_carried(
@@ -243,6 +279,4 @@ def check_draws(model: nn.Module, inputs: Any, *, chunk: int, schedule: Any = No
     got = chunked(way, model, inputs, None, chunk=chunk, schedule=schedule)
     recorded.replayed = torch.cat(recorded.drawn[::-1], 1)  # the last chunk is reversed first
     expected = plain(model, inputs, None)
-    if way != "backward":
-        expected = expected[0], {name: g for name, g in expected[1].items() if not name.startswith("state")}
-    require_close(got, expected)
+    require_close(got, expected if way == "backward" else without_state(expected))

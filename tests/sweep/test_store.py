@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -163,3 +172,150 @@ def test_layout_and_alignment_do_not_move_bits(schedule: sg.Schedule, batch: int
     sg.backward(model, tokens, chunk=6, schedule=schedule)  # a difference in one bit would raise
     misaligned = torch.zeros(batch * 9 + 1)[1:].view(batch, 9)
     sg.backward(model, tokens, chunk=6, schedule=schedule, state=misaligned)
+
+
+# --- a disk that will not take them ---
+
+ROOT = Path(__file__).parents[2]
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, code: int, *, after: int = 0) -> None:
+    """The system's call fails with `code`, from the call after the first `after` ones on."""
+    real, calls = os.posix_fallocate, []
+
+    def fallocate(descriptor: int, start: int, num_bytes: int) -> None:
+        calls.append(num_bytes)
+        if len(calls) > after:
+            raise OSError(code, os.strerror(code))
+        real(descriptor, start, num_bytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+
+
+needs_fallocate = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system has no posix_fallocate")
+
+
+@needs_fallocate
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.parametrize("way", ["backward", "loss"])
+def test_a_full_disk_stops_the_call_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, after: int, code: int
+) -> None:
+    model, schedule = GatedRecurrence(), sg.Keep(store=tmp_path)
+    sg.backward(model, TOKENS, chunk=7)
+    before = [p.grad.clone() for p in model.parameters()]
+    with monkeypatch.context() as full:
+        refuse(full, code, after=after)
+        wanted = rf"\.slab: expected to reserve [\d,]+ bytes for kept states, got: {os.strerror(code)}\. Name a folder"
+        with pytest.raises(sg.StorageError, match=wanted):
+            getattr(sg, way)(model, TOKENS, chunk=7, schedule=schedule)
+        assert list(tmp_path.iterdir()) == []
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+    sg.backward(model, TOKENS, chunk=7, schedule=schedule)
+    assert all(torch.equal(p.grad, 2 * g) for p, g in zip(model.parameters(), before, strict=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_fallocate
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+def test_a_file_system_that_cannot_reserve_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    refuse(monkeypatch, code)
+    check_written(tmp_path)
+
+
+def test_a_system_that_has_no_such_call_writes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    check_written(tmp_path)
+
+
+def check_written(folder: Path) -> None:
+    store, x = Store(folder, 1), torch.rand(3 << 17)  # one and a half of the pieces that are written
+    assert torch.equal(store.get(store.put(0, x)), x)
+    [file] = folder.rglob("*.slab")
+    assert file.stat().st_size == x.nbytes
+    assert file.stat().st_blocks * 512 >= x.nbytes  # no holes
+    store.close()
+
+
+def test_a_slab_has_no_holes_before_anything_is_written(tmp_path: Path) -> None:
+    """A file with holes is what a full disk kills the process for."""
+    store, x = Store(tmp_path, 100), torch.rand(1 << 12)
+    store.put(0, x)
+    store.put(0, x)  # 99 rows, of which one is written
+    largest = max(tmp_path.rglob("*.slab"), key=lambda file: file.stat().st_size)
+    assert largest.stat().st_size == 99 * x.nbytes
+    assert largest.stat().st_blocks * 512 >= 99 * x.nbytes
+    store.close()
+
+
+def test_a_folder_that_is_not_there_or_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    model = GatedRecurrence()
+    for name, reason in (("absent", "No such file or directory"), ("file", "Not a directory")):
+        with pytest.raises(sg.StorageError, match=rf"{name}: expected a folder that files .* got: {reason}\. Make it"):
+            sg.backward(model, TOKENS, chunk=7, schedule=sg.Keep(store=tmp_path / name))
+    assert all(p.grad is None for p in model.parameters())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root writes everywhere, so the system's answer is played."""
+
+    def refuse(*args: object, **options: object) -> str:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    for store, name in ((tmp_path, re.escape(str(tmp_path))), ("disk", "the temporary folder")):
+        with pytest.raises(sg.StorageError, match=f"{name}: expected a folder .* got: Read-only file system"):
+            sg.backward(GatedRecurrence(), TOKENS, chunk=7, schedule=sg.Keep(store=store))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for one MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here: mount needs root and Linux")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk: Path) -> None:
+    """In a process of its own, which a write through the map would kill (SIGBUS)."""
+    program = f"""
+import pathlib, torch, slimgrad as sg
+from tests.toy_models import GatedRecurrence
+folder = pathlib.Path({str(small_disk)!r})
+torch.manual_seed(0)
+model, tokens = GatedRecurrence(width=512), torch.randint(0, 13, (1, 2000))
+try:  # 999 states of 2 KiB; below, 249
+    sg.backward(model, tokens, chunk=2, schedule=sg.Keep(store=folder))
+except sg.StorageError as error:
+    print(error)
+assert all(p.grad is None for p in model.parameters())
+assert not list(folder.iterdir())
+sg.backward(model, tokens[:, :500], chunk=2, schedule=sg.Keep(store=folder))
+assert all(p.grad is not None for p in model.parameters())
+assert not list(folder.iterdir())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\.slab: expected to reserve 2,0\d\d,\d+ bytes .* got: No space left on device", done.stdout)
+
+
+def test_without_the_reservation_the_full_disk_kills(small_disk: Path) -> None:
+    """What is reserved for."""
+    program = f"""
+import pathlib, torch
+from slimgrad.sweep import store
+store._reserve = lambda path, num_bytes: None
+kept = store.Store(pathlib.Path({str(small_disk)!r}), 3)
+for _ in range(3):
+    kept.put(0, torch.rand(1 << 17))
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True).returncode == -signal.SIGBUS

@@ -23,7 +23,7 @@ from slimgrad.api import evaluate
 from slimgrad.budget import choose_schedule
 from slimgrad.data import Batch, Corpus
 from slimgrad.errors import NonFiniteError, StorageError
-from slimgrad.losses import IGNORED, cross_entropy_sum
+from slimgrad.losses import cross_entropy_sum, is_counted
 from slimgrad.models.performer import Performer
 from slimgrad.sweep import tree
 from slimgrad.sweep.random import derive_seed, seeded
@@ -268,5 +268,5 @@ def validate(config: TrainConfig, model: Performer, task: Task) -> tuple[float, 
 
 def loss_and_accuracy(outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Summed cross-entropy in nats, and how many targets have the highest logit."""
-    right = (outputs.argmax(-1) == targets) & (targets != IGNORED)
+    right = (outputs.argmax(-1) == targets) & is_counted(targets)
     return {"loss": cross_entropy_sum(outputs, targets), "right": right.sum()}
