@@ -35,7 +35,7 @@ def backward(
     state: Any = None,
     final_state_grad: Any = None,
     on_chunk: OnChunk | None = None,
-    sinks: Mapping[str, Sink] | None = None,
+    sink: Mapping[str, Sink] | None = None,
 ) -> Result:
     """Compute the loss and add its exact gradient to every parameter's `.grad`, in memory of one chunk.
 
@@ -57,7 +57,7 @@ def backward(
         final_state_grad: the gradient of the final state, from whoever goes on with it: the state's tree, with a
             tensor or None for each leaf.
         on_chunk: called with an `Event` after every chunk.
-        sinks: by parameter name, a function that takes each chunk's gradient of it; nothing of it then reaches `.grad`.
+        sink: by parameter name, a function that takes each chunk's gradient of it; nothing of it then reaches `.grad`.
             Whatever is linear in the gradient (a projection, a selection of columns) stays exact.
 
     Returns:
@@ -81,7 +81,7 @@ def backward(
         targets,
         Options(context, chunk, schedule, loss_fn or cross_entropy_sum, normalizer, state, on_chunk),
         gathers=True,
-        sinks=sinks,
+        sink=sink,
         collect_in="reverse",
     )
     call.require_something_to_differentiate()

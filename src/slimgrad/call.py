@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.autograd.graph import get_gradient_edge
 
 from slimgrad.budget import choose_schedule
 from slimgrad.chunks import ChunkedSequence, LossFn, SharedModel, sum_dtype
@@ -102,7 +101,7 @@ class Call:
     Args:
         model, inputs, targets, options: as the caller gave them.
         gathers: whether gradients are wanted.
-        sinks: by name, what takes a parameter's gradients instead of a buffer.
+        sink: by name, what takes a parameter's gradients instead of a buffer.
         collect_in: the sweep in which losses are noted.
         per_token: one loss per token.
     """
@@ -115,7 +114,7 @@ class Call:
         options: Options,
         *,
         gathers: bool = False,
-        sinks: Mapping[str, Sink] | None = None,
+        sink: Mapping[str, Sink] | None = None,
         collect_in: str = "forward",
         per_token: bool = False,
     ) -> None:
@@ -138,15 +137,15 @@ class Call:
         self.given = tree.tensors([self._inputs, goals, options.context])  # what takes no gradient may change as well
         self._states = self.one_per_sequence(options.state)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        unknown = sorted({*(sinks or {})} - self._parameters.keys())
+        unknown = sorted({*(sink or {})} - self._parameters.keys())
         if unknown:
-            raise InputError(f"sinks: expected names of trainable parameters, got {', '.join(unknown)}")
+            raise InputError(f"sink: expected names of trainable parameters, got {', '.join(unknown)}")
         if gathers and any(x.requires_grad for x in tree.tensors(goals)):
             raise InputError(
                 "targets require gradients, which nobody would receive; expected constants. Detach them, or pass them "
                 "among the inputs and read them in loss_fn from the outputs"
             )
-        self._gather = Gather(self._parameters, sinks) if gathers else None
+        self._gather = Gather(self._parameters, sink) if gathers else None
         self._shared = SharedModel(self.model, self._gather, options.context)
         self._seed = draw_seed()
         self.sequences = [
@@ -204,11 +203,7 @@ class Call:
                 state = cast(Any, self.model).initial_state(program.batch)
             made = [raw_tensor(leaf) for leaf in tree.leaves(state)]
             if self._gather is not None:
-                self._shared.refuse_lost(
-                    [x for x in made if x is not None],
-                    [get_gradient_edge(x) for x in self._shared.context_leaves],
-                    INITIAL,
-                )
+                self._shared.refuse_lost([x for x in made if x is not None], [], INITIAL)
         if self._schedule is None:
             plain_bytes = sum(leaf.nbytes for leaf in tree.tensors(state))
             sums = [leaf for leaf in tree.leaves(state) if isinstance(leaf, PrefixSum)]

@@ -20,13 +20,14 @@ from slimgrad.errors import InputError, ModelError
 from slimgrad.losses import IGNORED, is_mean_over_time
 from slimgrad.sweep import tree
 from slimgrad.sweep.carriers import Root
+from slimgrad.sweep.carriers.plain import version
 from slimgrad.sweep.fused import is_compiled
 from slimgrad.sweep.gather import Gather
 from slimgrad.sweep.graph import find_strangers
 from slimgrad.sweep.interrupt import uninterrupted
 from slimgrad.sweep.random import derive_seed, seeded
 from slimgrad.sweep.run import ChunkResult
-from slimgrad.watch import Guard, counted_by_frequency, refuse_by_options, run_watched
+from slimgrad.watch import Guard, Watch, counted_by_frequency, refuse_by_options
 
 LossFn = Callable[[Any, Any], "Tensor | dict[str, Tensor]"]
 
@@ -55,15 +56,15 @@ class SharedModel:
         ]
         renormalised = refuse_by_options(model, lambda p: gather is not None and p.requires_grad)
         self._guard = Guard(model, renormalised)
+        self._watch = Watch(model)
         self._tried: set[str] = set()
         self._seed = 0
 
     def _stand_in_for_context(self, x: Tensor) -> Tensor:
         if not (self.gather is not None and x.requires_grad):
             return x
-        leaf = x.detach().requires_grad_()
-        self.context_leaves.append(leaf)
-        return leaf
+        self.context_leaves.append(self.gather.leaf_for(x))
+        return self.context_leaves[-1]
 
     @contextmanager
     def entered(self, seed: int) -> Generator[None]:
@@ -91,11 +92,21 @@ class SharedModel:
         def run(state: tree.Tree) -> Any:
             return call(inputs, state) if self.context is None else call(inputs, state, self.context)
 
+        before = [version(x) for x in tree.tensors(inputs)]
         if method in self._tried:
-            return run(state)
-        self._tried.add(method)
-        with self._guard.watching(on_copies=True):
-            return run_watched(self.model, run, state, lambda: seeded(self._seed, self.device))
+            result = run(state)
+        else:
+            self._tried.add(method)
+            with self._guard.watching(first=True):
+                result = self._watch.run(method, run, state, lambda: seeded(self._seed, self.device))
+            if self.gather is not None:
+                self.gather.refuse_hooks()
+        if before != [version(x) for x in tree.tensors(inputs)]:
+            raise ModelError(
+                "the model modified its inputs in place; expected them left alone, since each chunk is read twice. Clone "
+                "them first: inputs = inputs.clone()"
+            )
+        return result
 
     def step(self, inputs: tree.Tree, state: tree.Tree) -> tuple[Any, tree.Tree]:
         """The model's forward."""
@@ -113,7 +124,7 @@ class SharedModel:
     def backward(self, roots: Sequence[Root], leaves: Sequence[Tensor], where: str) -> None:
         """Backpropagate from the roots into `leaves`, the context and the stand-ins, if nothing would be lost."""
         assert self.gather is not None
-        edges = [get_gradient_edge(x) for x in (*leaves, *self.context_leaves)]
+        edges = [get_gradient_edge(x) for x in leaves]
         tensors = [root.tensor for root in roots]
         self.refuse_lost(tensors, edges, where)
         with self.autocast(as_called=False):

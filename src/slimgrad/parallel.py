@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from slimgrad.errors import ModelError, SweepError
+from slimgrad.sweep.run import is_inside_chunk
 
 _sweeping: dict[int, int] = {}  # the modules that a sweep is under way on, by id, and its thread
 _marking = threading.Lock()
@@ -32,9 +33,21 @@ def one_thread_at_a_time(model: nn.Module) -> Generator[None]:
             )
         mine = [m for m in modules if m not in _sweeping]
         _sweeping.update(dict.fromkeys(mine, thread))
+
+    def refuse_others(module: nn.Module, args: object) -> None:
+        if threading.get_ident() != thread and not is_inside_chunk():  # slimgrad.evaluate waits for a chunk's end
+            raise SweepError(
+                f"{type(module).__name__} was called in another thread while a sweep is under way on it, when its "
+                "parameters may be stand-ins; expected one thread at a time. Wait for it, or call a copy of the model"
+            )
+
+    # a compiled `call` would be compiled again for a hook
+    hook = None if model._compiled_call_impl is not None else model.register_forward_pre_hook(refuse_others)
     try:
         yield
     finally:
+        if hook is not None:
+            hook.remove()
         with _marking:
             for m in mine:
                 del _sweeping[m]

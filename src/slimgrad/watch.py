@@ -1,13 +1,13 @@
-"""What a model changes in itself while a chunk runs, and whether it reads that again.
+"""What a model changes while a chunk runs, and whether it reads that again.
 
 Each chunk runs twice, so whatever a run leaves behind for the next one would make the two differ: a position counted in
 an attribute, a hidden state kept on the module, running statistics in a buffer, a weight that is clipped on the way.
 Many such changes are harmless, because they are written and never read (the weight that `weight_norm` makes anew in
-every forward, a table kept for the next call). So around the first run of each of the model's methods everything that a
-module holds is noted. Where something changed, the chunk is run once more from the same state and seed, with the changed
-attributes in place: the same bits mean that nobody reads them; other bits are refused, by name.
+every forward, a table kept for the next call). So around the first run of each of the model's methods everything that
+its modules hold is noted. Where something changed, the chunk is run once more from the same state and seed, with the
+changes in place: the same bits mean that nobody reads them; other bits are refused, by name.
 
-Cost: one look through the modules' attributes for each method and call; one chunk more, forward, where any changed.
+Cost: two looks through the modules' attributes for each method and call; one chunk more, forward, where any changed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from operator import length_hint
+from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any, cast
 
 import torch
@@ -32,12 +33,13 @@ from slimgrad.sweep.state import Growing, PrefixSum
 _DEPTH = 6  # how far into nested containers and objects
 _ENTRIES = 1000  # of one container
 _BYTES = 1 << 20  # of one array
+_SAMPLE = 16  # elements of a weight
 _OWN = frozenset(vars(nn.Module())) - {"training"} | {"forward"}  # torch's own entries, and what `fused` sets
-_OPAQUE = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType)
+_OPAQUE = (type, BuiltinFunctionType, ModuleType)
 
 
 class Notes:
-    """The plain attributes of all modules at one moment.
+    """What the modules below an object hold at one moment, and the functions of their classes reach.
 
     Tensors are noted by identity and version, plain values and generators by value, containers and objects entry by
     entry. What was noted by identity is held, so that no new object can take its place unseen.
@@ -45,23 +47,18 @@ class Notes:
 
     def __init__(self, model: nn.Module) -> None:
         self._held: list[Any] = []
-        self._notes: dict[tuple[int, str], Any] = {}
-        self._names: dict[tuple[int, str], str] = {}
+        self._notes: dict[tuple[int, str], tuple[str, Any]] = {}
         seen: set[int] = set()
-        for path, module in model.named_modules():
-            for name, value in _attributes(module):
-                key = id(module), name
-                self._names[key] = f"{path}.{name}" if path else name
-                self._notes[key] = self._note(value, _DEPTH, seen)
+        for owner, name, shown, value in _places(model):
+            self._notes[id(owner), name] = shown, self._note(value, _DEPTH, seen)
 
     def changed_since(self, before: Notes) -> list[str]:
-        """The names of attributes that are new, gone or other than before."""
-        keys = {**before._notes, **self._notes}
-        missing = object()
+        """The names of what is new, gone or other than before."""
+        gone = ("", object())
         return [
-            self._names.get(key) or before._names[key]
-            for key in keys
-            if self._notes.get(key, missing) != before._notes.get(key, missing)
+            (self._notes.get(key) or before._notes[key])[0]
+            for key in {**before._notes, **self._notes}
+            if self._notes.get(key, gone)[1] != before._notes.get(key, gone)[1]
         ]
 
     def _note(self, value: Any, depth: int, seen: set[int]) -> Any:
@@ -74,6 +71,10 @@ class Notes:
             return id(value), zlib.crc32(value.get_state().numpy().tobytes())
         if isinstance(value, random.Random):
             return id(value), hash(value.getstate())
+        if isinstance(value, GeneratorType):
+            return id(value), value.gi_frame and value.gi_frame.f_lasti, value.gi_frame and repr(value.gi_frame.f_locals)
+        if isinstance(value, Iterator):
+            return id(value), length_hint(cast("Iterator[Any]", value), -1), repr(value)
         if isinstance(value, _OPAQUE) or depth == 0 or id(value) in seen:
             return id(value)
         seen.add(id(value))
@@ -84,7 +85,39 @@ class Notes:
         return id(value), zlib.crc32(content.tobytes()) if content.nbytes <= _BYTES else 0
 
 
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def _places(model: nn.Module) -> Iterator[tuple[Any, str, str, Any]]:
+    """Whatever a run may change: (owner, name, the name shown, value)."""
+    kinds: dict[type, None] = {}
+    for path, module in model.named_modules():
+        kinds.update(dict.fromkeys(type(module).__mro__))
+        for name, value in attributes(module):
+            yield module, name, f"{path}.{name}" if path else name, value
+    for kind in kinds:
+        if kind.__module__.partition(".")[0] not in ("torch", "builtins", "typing", "abc"):
+            for name, value in vars(kind).items():
+                function = getattr(value, "__func__", value)
+                if isinstance(function, FunctionType):
+                    yield from _reached_by(function)
+                elif not name.startswith("__"):
+                    yield kind, name, f"{kind.__name__}.{name}", value
+
+
+def _reached_by(function: FunctionType) -> Iterator[tuple[Any, str, str, Any]]:
+    """What a function can change beside its arguments: its attributes, the variables it closes over, its globals."""
+    yield function, "attributes", function.__name__, vars(function)
+    code = function.__code__
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield function, name, name, cell.cell_contents
+        except ValueError:  # not bound yet
+            continue
+    for name in code.co_names:
+        if name in function.__globals__ and not isinstance(function.__globals__[name], FunctionType):
+            yield function.__globals__, name, f"{name} (a global)", function.__globals__[name]
+
+
+def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """A module's plain attributes, its mode among them, and the buffers that it has not filled."""
     for name, value in module.__dict__.items():
         if name not in _OWN:
             yield name, value
@@ -98,20 +131,26 @@ def _parts(value: Any) -> Iterator[Any]:
     entries: Iterable[Any] = ()
     if isinstance(value, dict):
         entries = (part for pair in cast("dict[Any, Any]", value).items() for part in pair)
+        yield len(cast("dict[Any, Any]", value))
     elif isinstance(value, list | tuple | set | frozenset | deque):
         entries = cast("Iterable[Any]", value)
-    if entries:
         yield len(cast("list[Any]", value))
     for _, part in zip(range(_ENTRIES), entries, strict=False):
         yield part
     if isinstance(value, nn.Module):  # one that is no submodule, in a list
-        yield from (part for _, part in _attributes(value))
-    else:
-        yield from getattr(value, "__dict__", {}).values()
-        for kind in type(value).__mro__:
-            slots = kind.__dict__.get("__slots__", ())
-            for name in (slots,) if isinstance(slots, str) else slots:
-                yield getattr(value, name, None)
+        yield from (part for _, part in attributes(value))
+        return
+    if isinstance(value, MethodType):
+        yield value.__self__
+        value = value.__func__
+    if isinstance(value, FunctionType):
+        yield from (part for _, _, _, part in _reached_by(value))
+        return
+    yield from getattr(value, "__dict__", {}).values()
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            yield getattr(value, name, None)
 
 
 class _Repeated:
@@ -120,7 +159,7 @@ class _Repeated:
     def __init__(self, link: Any) -> None:
         self._link = link
         self._first: tuple[Tensor, Any] | None = None
-        self.again = self.same = False
+        self.again = False
 
     @property
     def length(self) -> int:
@@ -144,52 +183,80 @@ class _OtherBitsError(Exception):
     """The second run of a chunk gave a state another contribution."""
 
 
-def run_watched(
-    model: nn.Module, call: Callable[[tree.Tree], Any], state: tree.Tree, reseeded: Callable[[], Any]
-) -> Any:
-    """`call(state)`, and once more if the model changed attributes of its modules meanwhile.
+class Watch:
+    """Runs a model's methods for the first time, and looks at what they change."""
 
-    Args:
-        call: runs one of the model's methods on a chunk.
-        state: the state before the chunk, as the sweep gives it.
-        reseeded: a context in which the generators draw what they drew in the first run.
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._by_advance: set[str] = set()
 
-    Raises:
-        ModelError: the second run gave other bits, so the model reads what it wrote.
-    """
-    leaves, spec = tree.flatten(state)
-    before = Notes(model)
-    linked = [leaf for leaf in leaves if isinstance(leaf, PrefixSum | Growing)]
-    links = [leaf._link for leaf in linked]  # pyright: ignore[reportPrivateUsage]
-    repeated = [_Repeated(link) if link is not None else None for link in links]
-    versions = [version(leaf) if isinstance(leaf, Tensor) else 0 for leaf in leaves]
-    try:
-        for leaf, link in zip(linked, repeated, strict=True):
-            leaf._link = link  # pyright: ignore[reportPrivateUsage]
-        result = call(tree.unflatten(leaves, spec))
-        changed = Notes(model).changed_since(before)
-        written = versions != [version(leaf) if isinstance(leaf, Tensor) else 0 for leaf in leaves]
-        if changed and not written:  # a state that was written to is refused by its own name
-            for link in repeated:
-                if link is not None:
-                    link.again = True
-            try:
-                with reseeded():
-                    same = _same_bits(result, call(tree.unflatten(leaves, spec)))
-            except _OtherBitsError:
-                same = False
-            if not same:
-                shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+    def run(self, method: str, call: Callable[[tree.Tree], Any], state: tree.Tree, reseeded: Callable[[], Any]) -> Any:
+        """`call(state)`, and once more if attributes changed meanwhile.
+
+        Args:
+            method: "forward" or "advance".
+            call: runs it on a chunk.
+            state: the state before the chunk, as the sweep gives it.
+            reseeded: a context in which the generators draw what they drew in the first run.
+
+        Raises:
+            ModelError: the second run gave other bits, so that what was written is read; or the state was written to.
+        """
+        leaves, spec = tree.flatten(state)
+        before, bits = Notes(self._model), _bits_of_tensors(leaves)
+        linked = [leaf for leaf in leaves if isinstance(leaf, PrefixSum | Growing)]
+        links = [leaf._link for leaf in linked]  # pyright: ignore[reportPrivateUsage]
+        repeated = [None if link is None else _Repeated(link) for link in links]
+        versions = [version(x) for x in leaves if isinstance(x, Tensor)]
+        try:
+            for leaf, link in zip(linked, repeated, strict=True):
+                leaf._link = link  # pyright: ignore[reportPrivateUsage]
+            result = call(tree.unflatten(leaves, spec))
+            changed = Notes(self._model).changed_since(before)
+            if versions != [version(x) for x in leaves if isinstance(x, Tensor)]:
+                return result  # written to in place: refused by the name of the state
+            if bits != _bits_of_tensors(leaves):
                 raise ModelError(
-                    f"{type(model).__name__} changed attributes of its modules while a chunk ran ({shown}), and the same "
-                    "chunk gave other results when it was run again. Each chunk runs twice, so the gradient would not "
-                    "be exact. Carry what must be remembered in the state: begin with it in initial_state, and return "
-                    "it from forward"
+                    f"{method} wrote to its state in place, unseen by torch (through .data or NumPy); expected a new "
+                    "tensor, since the old one is still needed on the way back. Clone the state first"
                 )
+            if changed:
+                for link in repeated:
+                    if link is not None:
+                        link.again = True
+                self._run_again(changed, result, lambda: call(tree.unflatten(leaves, spec)), reseeded)
+        finally:
+            for leaf, link in zip(linked, links, strict=True):
+                leaf._link = link  # pyright: ignore[reportPrivateUsage]
+        if method == "advance":
+            self._by_advance = set(changed)
+        elif method == "forward" and not self._by_advance <= set(changed):
+            raise ModelError(
+                f"advance changed what forward leaves alone ({', '.join(sorted(self._by_advance - set(changed)))}); "
+                "expected it to compute the state as forward does, and nothing else"
+            )
         return result
-    finally:
-        for leaf, link in zip(linked, links, strict=True):
-            leaf._link = link  # pyright: ignore[reportPrivateUsage]
+
+    def _run_again(
+        self, changed: list[str], result: Any, call: Callable[[], Any], reseeded: Callable[[], Any]
+    ) -> None:
+        try:
+            with reseeded():
+                same = _same_bits(result, call())
+        except _OtherBitsError:
+            same = False
+        if same:
+            return
+        shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+        raise ModelError(
+            f"{type(self._model).__name__} changed attributes while a chunk ran ({shown}), and the same chunk gave other "
+            "results when it was run again. Each chunk runs twice, so the gradient would not be exact. Carry what must be "
+            "remembered in the state: begin with it in initial_state, and return it from forward"
+        )
+
+
+def _bits_of_tensors(leaves: Iterable[Any]) -> list[Any]:
+    return [_bits(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _same_bits(first: Any, second: Any) -> bool:
@@ -224,15 +291,16 @@ class Guard:
         self._parameters = [(name, p) for name, p in model.named_parameters() if id(p) not in renormalised]
 
     @contextmanager
-    def watching(self, *, on_copies: bool = False) -> Generator[None]:
+    def watching(self, *, first: bool = False) -> Generator[None]:
         """Refuse what is written within the block.
 
-        With `on_copies` nothing is written to buffers even so, and values are compared too: torch's batch normalisation
-        writes its running statistics without counting a version.
+        The first time nothing is written to buffers even so, and values are compared too: torch's batch normalisation
+        writes its running statistics without counting a version, and so does a write through `.data`. Of parameters a
+        few elements are compared.
         """
-        copies = [buffer.clone() if on_copies else buffer for _, _, buffer in self._buffers]
+        copies = [buffer.clone() if first else buffer for _, _, buffer in self._buffers]
         versions = [version(x) for x in copies]
-        weights = [version(p) for _, p in self._parameters]
+        weights = self._weights(first)
         changed: list[str] = []
         try:
             for (module, name, _), copy in zip(self._buffers, copies, strict=True):
@@ -241,7 +309,7 @@ class Guard:
             for (module, name, buffer), copy, before in zip(self._buffers, copies, versions, strict=True):
                 present = module._buffers.get(name)  # pyright: ignore[reportPrivateUsage]
                 written = version(copy) != before or not (present is copy or _begins_with(present, copy))
-                if written or (on_copies and int(checksum(copy)) != int(checksum(buffer))):
+                if written or (first and int(checksum(copy)) != int(checksum(buffer))):
                     changed.append(f"{type(module).__name__}.{name}")
         finally:
             for module, name, buffer in self._buffers:
@@ -252,13 +320,27 @@ class Guard:
                 "second run would see other values and the gradient would not be exact. Put such layers in eval mode "
                 "(batch normalisation), or carry what they update in the state"
             )
-        if weights != [version(p) for _, p in self._parameters]:
-            names = [n for (n, p), v in zip(self._parameters, weights, strict=True) if version(p) != v]
+        after = self._weights(first)
+        if weights != after:
+            names = [name for (name, _), b, a in zip(self._parameters, weights, after, strict=True) if a != b]
             raise ModelError(
                 f"parameters were written to while a chunk ran: {', '.join(names)}. The chunks before and after would "
                 "use other weights, and the gradient would belong to neither. Clip or renormalise weights between "
                 "calls, beside optimizer.step(); a table with max_norm may not be tied to another layer"
             )
+
+    def _weights(self, sampled: bool) -> list[Any]:
+        if not sampled:
+            return [version(p) for _, p in self._parameters]
+        return [(version(p), _sample(p)) for _, p in self._parameters]
+
+
+def _sample(p: Tensor) -> Any:
+    """A few elements, as a string in which NaN equals itself."""
+    x = p.detach()
+    while x.dim() > 1 and x.numel():
+        x = x[-1]
+    return str(x[:_SAMPLE].tolist()) if x.dim() == 1 else str(x.tolist())
 
 
 def _begins_with(present: Tensor | None, before: Tensor) -> bool:
@@ -281,7 +363,7 @@ class CalledWith:
         self._values = [
             (module.__dict__, name, value)
             for module in model.modules()
-            for name, value in _attributes(module)
+            for name, value in attributes(module)
             if is_plain_value(value) and name in module.__dict__
         ]
         self._frozen = [p for p in model.parameters() if not p.requires_grad]

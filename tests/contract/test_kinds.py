@@ -40,14 +40,19 @@ def untouched(*args: Any, **options: Any) -> Any:
     return contextlib.nullcontext()
 
 
-def unwatched(model: Any, run: Any, state: Any, reseeded: Any) -> Any:
-    return run(state)
+def unwatched(self: Any, method: str, call: Any, state: Any, reseeded: Any) -> Any:
+    return call(state)
 
 
 def unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("slimgrad.sweep.gather", "slimgrad.sweep.run", "slimgrad.sweep.carriers.growing"):
         monkeypatch.setattr(f"{module}.refuse_escaped", lambda gradient: None)
     monkeypatch.setattr(gather, "_only_inside", lambda owner: lambda gradient: None)
+
+
+def unguarded_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    unguarded(monkeypatch)
+    monkeypatch.setattr(api, "one_thread_at_a_time", untouched)
 
 
 def anything_goes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +91,7 @@ KINDS: list[tuple[Callable[[], None], Patch | None]] = [
     (kinds.a_list_changed_between, replaced(witness.LossRecord, "check", lambda self, chunk, loss: None)),
     (kinds.a_weight_changed_unseen, replaced(witness.LossRecord, "check", lambda self, chunk, loss: None)),
     (kinds.a_frozen_weight_thawed_between, None),
-    *((partial(kinds.state_in_an_attribute, how), replaced(chunks, "run_watched", unwatched)) for how in ("number", "dict", "tensor")),
+    *((partial(kinds.state_in_an_attribute, how), replaced(watch.Watch, "run", unwatched)) for how in ("number", "dict", "tensor")),
     (kinds.attributes_that_nobody_reads, replaced(watch, "_same_bits", lambda first, second: False)),
     (kinds.state_in_an_object, anything_goes),
     (kinds.a_state_that_begins_as_none, None),
@@ -98,7 +103,7 @@ KINDS: list[tuple[Callable[[], None], Patch | None]] = [
     (kinds.backward_within_autocast, None),
     (kinds.two_models_that_draw, replaced(random, "_turn", contextlib.nullcontext())),
     (kinds.a_second_sweep_on_a_model, replaced(api, "one_thread_at_a_time", untouched)),
-    (kinds.a_plain_backward_beside_a_sweep, unguarded),
+    (kinds.a_plain_backward_beside_a_sweep, unguarded_threads),
     (kinds.a_final_state_is_a_copy, replaced(plain.TensorCarrier, "final", no_copy)),
 ]
 
@@ -115,5 +120,5 @@ def test_right_or_refused_by_name(check: Callable[[], None]) -> None:
 @pytest.mark.parametrize(("check", "mistake"), [pair for pair in KINDS if pair[1]], ids=lambda x: name_of(x) if x in [c for c, _ in KINDS] else "")
 def test_its_mistake_is_found(check: Callable[[], None], mistake: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
     mistake(monkeypatch)
-    with pytest.raises((AssertionError, sg.SlimgradError)):
+    with pytest.raises((AssertionError, RuntimeError, sg.SlimgradError)):
         check()

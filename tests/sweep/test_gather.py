@@ -169,7 +169,7 @@ def test_narrow_gradients_add_up_in_float32(dtype: torch.dtype) -> None:
     model = GatedRecurrence().to(dtype)
     tokens = torch.randint(0, 13, (1, 700))
     each: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
-    sg.backward(model, tokens, chunk=1, sinks={name: gradients.append for name, gradients in each.items()})
+    sg.backward(model, tokens, chunk=1, sink={name: gradients.append for name, gradients in each.items()})
     result = sg.backward(model, tokens, chunk=1)
     assert result.loss.dtype == torch.float32
     naive_errors = []
@@ -214,7 +214,7 @@ def test_sinks_take_everything_and_leave_grad_alone() -> None:
         received[name] = received.get(name, 0) + gradient
         counts[name] += 1
 
-    sg.backward(model, TOKENS, chunk=7, sinks={name: partial(take, name) for name, _ in model.named_parameters()})
+    sg.backward(model, TOKENS, chunk=7, sink={name: partial(take, name) for name, _ in model.named_parameters()})
     assert all(p.grad is None for p in model.parameters())
     expected = plain(without_hooks(model), TOKENS, None)[1]
     error, name = worst_error(received, {name: g for name, g in expected.items() if not name.startswith("state")})
@@ -232,7 +232,7 @@ def test_a_sink_may_project_while_the_others_gather() -> None:
     model = GatedRecurrence().double()
     projection = torch.randn(6, 2, dtype=torch.float64)
     small = torch.zeros(13, 2, dtype=torch.float64)
-    sg.backward(model, TOKENS, chunk=7, sinks={"head.weight": lambda g: small.add_(g @ projection)})
+    sg.backward(model, TOKENS, chunk=7, sink={"head.weight": lambda g: small.add_(g @ projection)})
     found = collect(model, None, None)
     expected = {name: g for name, g in plain(model, TOKENS, None)[1].items() if not name.startswith("state")}
     torch.testing.assert_close(small, expected.pop("head.weight") @ projection, rtol=1e-12, atol=1e-15)  # measured 2e-15
@@ -241,8 +241,8 @@ def test_a_sink_may_project_while_the_others_gather() -> None:
 
 
 def test_a_sink_of_no_parameter_is_refused() -> None:
-    with pytest.raises(sg.InputError, match="sinks: expected names of trainable parameters, got heat.weight"):
-        sg.backward(GatedRecurrence(), TOKENS, chunk=7, sinks={"heat.weight": print})
+    with pytest.raises(sg.InputError, match="sink: expected names of trainable parameters, got heat.weight"):
+        sg.backward(GatedRecurrence(), TOKENS, chunk=7, sink={"heat.weight": print})
 
 
 @pytest.mark.parametrize("way", ["backward", "loss"])

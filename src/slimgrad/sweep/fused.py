@@ -88,22 +88,24 @@ class Fused:
         self._is_linear = isinstance(layer, nn.Linear)
 
     def __call__(self, input: Tensor) -> Tensor:
-        weight, gather = cast(Tensor, self._parameters["weight"]), self._gather()
+        weight, gather = self._parameters.get("weight"), self._gather()
         # functional_call puts another weight there, whose gradient somebody else wants
         if gather is None or weight is not self._stand_in or not _is_ordinary(weight):
             return self._plain(input)
+        weight = self._stand_in
         if not self._is_linear:
             return cast(Tensor, _Embedding.apply(input, weight, gather))
         if input.dtype != weight.dtype:
             return self._plain(input)
-        return cast(Tensor, _Linear.apply(input, weight, self._parameters["bias"], gather))
+        return cast(Tensor, _Linear.apply(input, weight, self._parameters.get("bias"), gather))
 
 
 def _is_ordinary(weight: Tensor) -> bool:
-    """Whether plain eager autograd is at work: no compiler, transform or autocast that an own function would break."""
+    """Whether plain eager autograd is at work: no compiler, transform, mode or autocast that an own function would break."""
     return (
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
+        and torch._C._len_torch_function_stack() == 0  # pyright: ignore[reportPrivateUsage]
         and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore
         and forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
         and not torch.is_autocast_enabled(weight.device.type)

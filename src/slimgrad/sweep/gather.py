@@ -1,6 +1,6 @@
 """Where parameter gradients gather over the chunks, and how they are delivered once.
 
-Chunks run on stand-ins: plain tensors that share the parameters' storage and have a `.grad` of their own. So a
+Chunks run on stand-ins: parameters that share the model's storage and have a `.grad` of their own. So a
 parameter's hooks (clipping, data parallelism) see nothing until the end, when its whole gradient goes through the real
 leaf in one piece; an interrupt before that leaves every `.grad` as it was; tied weights have one stand-in.
 
@@ -32,6 +32,19 @@ from slimgrad.sweep.interrupt import uninterrupted
 Sink = Callable[[Tensor], None]
 
 
+_TORCH_SAYS = {
+    "backward through the graph a second time": (
+        "the graph of a chunk reaches into one that was gone through before: the model or loss_fn kept a tensor of another "
+        "chunk, or computes with one from outside. Expected a chunk's loss to come from its own inputs, its state and the "
+        "parameters. Detach what is kept, or carry it in the state"
+    ),
+    "use_reentrant=True": (
+        "torch.utils.checkpoint(use_reentrant=True) was used within forward; it cannot say which gradients it was asked "
+        "for. Use use_reentrant=False"
+    ),
+}
+
+
 class _Places(NamedTuple):
     """Where a module holds the parameters, and what follows them."""
 
@@ -46,27 +59,34 @@ class Gather:
 
     Args:
         parameters: the trainable parameters by name, each once.
-        sinks: by name, what takes each chunk's gradient of a parameter instead of a buffer; whatever is linear in the
+        sink: by name, what takes each chunk's gradient of a parameter instead of a buffer; whatever is linear in the
             gradient (a projection, a selection of columns) stays exact. Nothing is then delivered for it. The tensor is
             the sink's to keep.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], sinks: Mapping[str, Sink] | None = None) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], sink: Mapping[str, Sink] | None = None) -> None:
         self._parameters = dict(parameters)
-        self._sinks = dict(sinks or {})
+        self._sinks = dict(sink or {})
         self._wide: dict[str, Tensor] = {}
         self._places: _Places | None = None
         self._thread: int | None = None  # which thread runs a chunk on the stand-ins
         self._graph_task: int | None = None  # autograd's number of the chunk's own backward pass
         self._stand_ins: dict[int, Tensor] = {}
-        guard = _only_inside(weakref.ref(self))  # no cycle: buffers go when the call is over
+        self.edges: list[GradientEdge] = []
+        self._shares: list[Tensor] = []  # those whose gradient may yet share its memory with another's
+        self._storages: set[int] = set()
         for name, parameter in self._parameters.items():
-            stand_in = parameter.detach().requires_grad_()
-            stand_in.register_hook(guard)
+            stand_in = self._stand_ins[id(parameter)] = self.leaf_for(parameter)
             if name in self._sinks or stand_in.dtype in (torch.bfloat16, torch.float16):
                 stand_in.register_post_accumulate_grad_hook(self._hook(name))
-            self._stand_ins[id(parameter)] = stand_in
-        self.edges = [get_gradient_edge(x) for x in self._stand_ins.values()]
+
+    def leaf_for(self, x: Tensor) -> Tensor:
+        """A stand-in for `x`, a parameter or a part of the context: what the gradients of all chunks gather in."""
+        leaf = nn.Parameter(x.detach()) if type(x) is nn.Parameter else x.detach().requires_grad_()
+        leaf.register_hook(_only_inside(weakref.ref(self)))  # no cycle: buffers go when the call is over
+        self.edges.append(get_gradient_edge(leaf))
+        self._shares.append(leaf)
+        return leaf
 
     @property
     def stand_ins(self) -> list[Tensor]:
@@ -83,6 +103,16 @@ class Gather:
     def is_empty(self) -> bool:
         """Whether nothing has gathered yet."""
         return not self._wide and all(x.grad is None for x in self._stand_ins.values())
+
+    def refuse_hooks(self) -> None:
+        """Raise if the model registered a hook on one of its parameters while a chunk ran."""
+        for name, parameter in self._parameters.items():
+            hooks = self._stand_ins[id(parameter)]._backward_hooks
+            if hooks is not None and len(hooks) > 1:
+                raise SweepError(
+                    f"a hook was registered on parameter {name} within forward; it would run once for every chunk, and on "
+                    "a part of the gradient. Register it outside, once: it then gets the whole gradient"
+                )
 
     def name_of(self, x: Tensor) -> str | None:
         """The name of the parameter that `x` is, if it is one."""
@@ -110,8 +140,28 @@ class Gather:
         try:
             # Edges, not tensors: a root may be a leaf as well (a state returned untouched)
             torch.autograd.backward(tensors, cotangents, inputs=[*self.edges, *leaves])
+        except RuntimeError as error:
+            for text, meaning in _TORCH_SAYS.items():
+                if text in str(error):
+                    raise SweepError(meaning) from error
+            raise
         finally:
             self._graph_task = None
+        if self._shares:
+            self._shares = [x for x in self._shares if not self._owns(x)]
+
+    def _owns(self, leaf: Tensor) -> bool:
+        """Give a new buffer memory of its own. Autograd keeps whatever comes first: of `torch.stack([p, q])`, two views of
+        one tensor, and adding to the one in the next chunk would add to the other.
+        """
+        if leaf.grad is None or leaf.grad.layout is not torch.strided:
+            return False
+        storage = leaf.grad.untyped_storage()
+        if storage.nbytes() != leaf.grad.nbytes or storage.data_ptr() in self._storages:
+            leaf.grad = leaf.grad.clone()
+            storage = leaf.grad.untyped_storage()
+        self._storages.add(storage.data_ptr())
+        return True
 
     def add_product(self, stand_in: Tensor, left: Tensor, right: Tensor) -> None:
         """Add `left @ right` to the gradient of `stand_in`."""

@@ -117,6 +117,11 @@ def refuse_nesting() -> None:
         )
 
 
+def is_inside_chunk() -> bool:
+    """Whether this thread is within a chunk of some sweep."""
+    return _active.inside
+
+
 @contextmanager
 def _inside_chunk() -> Generator[None]:
     refuse_nesting()
