@@ -28,6 +28,7 @@ PUBLIC = {
     "Schedule",
     "SlimgradError",
     "StateMismatchError",
+    "StepReport",
     "StorageError",
     "SweepError",
     "backward",
@@ -35,6 +36,7 @@ PUBLIC = {
     "loss",
     "token_loss",
     "verify",
+    "verify_step",
 }
 
 
