@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 import types
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -288,3 +289,8 @@ class NarrowCasts(TorchDispatchMode):
 def short(dtype: torch.dtype) -> str:
     """`float64` rather than `torch.float64`."""
     return str(dtype).removeprefix("torch.")
+
+
+def in_short(error: Exception) -> str:
+    """The kind of an error and the beginning of what it says."""
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 100, placeholder=' ...')}"

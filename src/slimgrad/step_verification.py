@@ -13,7 +13,7 @@ Where these differ, each leaf of the state is looked at: does the next call depe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -32,6 +32,7 @@ from slimgrad.comparison import (
     differentiable,
     fresh,
     held_parameters,
+    in_short,
     short,
     tolerance_of,
 )
@@ -114,20 +115,35 @@ def verify_step(
     if not 0 < size < time:
         raise InputError(f"chunk={chunk}: expected at least two chunks in {time} inputs")
     _require_tensors(state, "the initial state")
+    leaves = zip(tree.paths(state), tree.leaves(state), strict=True)
+    own_dtypes = {name: leaf.dtype for name, leaf in leaves if isinstance(leaf, Tensor)}
     notes: tuple[str, ...] = ()
     try:
         copied = Copier(dtype).function(step)
-        trial = _Trial(copied, cast_along(inputs, dtype), cast_along(state, dtype), size, dtype, dtype)
+        trial = _Trial(
+            copied,
+            cast_along(inputs, dtype),
+            cast_along(state, dtype),
+            size,
+            dtype=dtype,
+            default_dtype=dtype,
+            own_dtypes=own_dtypes,
+        )
         trial.call(trial.inputs, trial.state)
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001  whatever somebody else's function raises; in its own dtype it may run
         own = coarsest([*held_parameters(step).values(), *tree.tensors([inputs, state])])
-        first_line = str(error).strip().partition("\n")[0]
-        notes = (
-            f"it does not run in {short(dtype)} ({type(error).__name__}: {first_line[:120]}): compared in {short(own)}",
+        notes = (f"it does not run in {short(dtype)} ({in_short(error)}): compared in {short(own)}",)
+        trial = _Trial(
+            step,
+            tree.map_tensors(Tensor.detach, inputs),
+            tree.map_tensors(Tensor.detach, state),
+            size,
+            dtype=own,
+            default_dtype=torch.get_default_dtype(),
+            own_dtypes=own_dtypes,
         )
-        trial = _Trial(step, cast_along(inputs, own), cast_along(state, own), size, own, torch.get_default_dtype())
     return trial.report(notes)
 
 
@@ -143,11 +159,20 @@ class _Trial:
     """A step with its inputs, and whatever of its conduct is noticed while it is called."""
 
     def __init__(
-        self, step: Step, inputs: Any, state: Any, size: int, dtype: torch.dtype, default_dtype: torch.dtype
+        self,
+        step: Step,
+        inputs: Any,
+        state: Any,
+        size: int,
+        *,
+        dtype: torch.dtype,
+        default_dtype: torch.dtype,
+        own_dtypes: dict[str, torch.dtype],
     ) -> None:
         self.step, self.inputs, self.state, self.size = step, inputs, state, size
         self._dtype, self._default_dtype = dtype, default_dtype
         self._device = tree.tensors(inputs)[0].device
+        self._own_dtypes = own_dtypes
         self._written: dict[str, None] = {}
         self._retyped: dict[str, None] = {}
         time = _time(inputs)
@@ -173,11 +198,11 @@ class _Trial:
         _require_tensors(following, "the next state")
         names = [name for name, leaf in zip(tree.paths(state), tree.leaves(state), strict=True) if _is_tensor(leaf)]
         self._written.update(dict.fromkeys(n for n, (x, v) in zip(names, versions, strict=True) if version(x) != v))
-        came = dict(zip(tree.paths(following), tree.leaves(following), strict=True))
-        for name, (x, _) in zip(names, versions, strict=True):
-            y = came.get(name)
-            if isinstance(y, Tensor) and y.dtype != x.dtype:
-                self._retyped[f"leaf {name} was given as {short(x.dtype)} and comes back as {short(y.dtype)}"] = None
+        for name, leaf in zip(tree.paths(following), tree.leaves(following), strict=True):
+            given_as = self._own_dtypes.get(name)
+            if isinstance(leaf, Tensor) and given_as is not None and leaf.dtype not in (given_as, self._dtype):
+                said = f"leaf {name} was given as {short(given_as)} and comes back as {short(leaf.dtype)}"
+                self._retyped[said] = None
         return outputs, following
 
     def report(self, notes: tuple[str, ...]) -> StepReport:
@@ -199,14 +224,15 @@ class _Trial:
             faults += self._leaves("cut" in wrong)
         if "cut" in wrong and len(faults) == len(conduct):
             faults.append(
-                "outputs or state depend on where the inputs are cut: look for a position counted from the call's "
-                "start, a statistic over the call, a convolution whose tail is not in the state"
+                "outputs or state depend on where the inputs are cut: look for a memory that is not in the state (a "
+                "momentum, a convolution's tail), a position counted from the call's start, a statistic over the call"
             )
         if wrong == {"gradient"} and len(faults) == len(conduct):
             faults.append("the gradient that comes back through the state is another one than within one call")
-        faults += [
-            f"it writes to the state it is given, leaf {name}: clone it in your adapter" for name in self._written
-        ]
+        if self._written:
+            faults.append(
+                f"it writes to the state it is given, leaf {_listed(self._written)}: clone it in your adapter"
+            )
         notes += (*self._retyped, *self._beginning())
         first = [f.norm for f in findings if f.name.startswith("input")]
         if first and max(first) <= torch.finfo(dtype).eps * whole.scale:
@@ -219,8 +245,8 @@ class _Trial:
         first, second, third = (self.call(self.inputs, self.state, seed) for seed in (_SEED, _SEED, _SEED + 1))
         if not _equal(first, second):
             return [
-                "two equal calls gave different results: it draws from a generator that is not torch's, keeps something "
-                "between calls, or uses a kernel that is not deterministic"
+                "two equal calls gave different results: it draws from a generator that is not torch's, keeps "
+                "something between calls, or uses a kernel that is not deterministic"
             ]
         if not _equal(first, third):
             return ["it draws random numbers, so that calls of other lengths differ: turn dropout off (eval mode)"]
@@ -240,8 +266,8 @@ class _Trial:
             for name, y in pieces[-1].items():
                 if y.dim() < 2 or y.shape[1] != stop - start:
                     raise InputError(
-                        f"{name}: expected [batch, time, ...] with time {stop - start}, got {list(y.shape)}. Transpose, "
-                        "or leave out, in your adapter"
+                        f"{name}: expected [batch, time, ...] with time {stop - start}, got {list(y.shape)}. "
+                        "Transpose, or leave out, in your adapter"
                     )
         outputs = {name: torch.cat([piece[name] for piece in pieces], 1) for name in pieces[0]}
         values: Gradients = {"outputs": outputs, "final state": _named("final state", state, every=True)}
@@ -301,25 +327,35 @@ class _Trial:
             return ["the state is dropped: the step returns none"]
         if cut_is_wrong and unused and len(unused) == sum(_is_tensor(x) and differentiable(x) for x in leaves):
             return [*faults, "the state is dropped: the second call does not depend on it"]
-        if cut_is_wrong:
-            faults += [f"leaf {name}: the second call does not depend on it" for name in unused]
+        if cut_is_wrong and unused:
+            faults.append(f"leaf {_listed(unused)}: the second call does not depend on it")
         return faults
 
     def _beginning(self) -> list[str]:
         """A model's `initial_state` must return tensors: what to return where the step begins with None."""
-        if tree.tensors(self.state):
-            return []
         piece = _cut(self.inputs, *self._spans[0])
         outputs, following = self.call(piece, self.state)
-        if not tree.tensors(following):
+        leaves, spec = tree.flatten(self.state)
+        found, same_spec = tree.leaves(following), spec == tree.flatten(following)[1]
+        began = [
+            name
+            for name, leaf, after in zip(tree.paths(self.state), leaves, found, strict=False)
+            if leaf is None and (isinstance(after, Tensor) or not same_spec)
+        ]
+        if not began or not tree.tensors(following):
             return []
-        said = "the state begins without tensors, and a model's initial_state must return them: "
+        zeros: Any = tree.map_tensors(torch.zeros_like, following)
+        if same_spec:
+            filled = [zero if leaf is None else leaf for leaf, zero in zip(leaves, tree.leaves(zeros), strict=True)]
+            zeros = tree.unflatten(filled, spec)
         try:
-            from_zeros = self.call(piece, tree.map_tensors(torch.zeros_like, following))[0]
-            same = _equal(outputs, from_zeros)
+            same = _equal(outputs, self.call(piece, zeros)[0])
         except Exception:  # noqa: BLE001  somebody else's function, given what it did not ask for
             same = False
-        return [said + ("zeros in the shapes of the next state give the same outputs" if same else "see its source")]
+        return [
+            f"leaf {_listed(began)} begins as None, and a model's initial_state must return tensors: "
+            + ("zeros in the shapes of the next state give the same outputs" if same else "zeros do not do the same")
+        ]
 
 
 def _time(inputs: Any) -> int:
@@ -338,6 +374,11 @@ def _require_tensors(state: Any, what: str) -> None:
                 f"{what}, leaf {name}: expected a tree of tensors (dicts, lists, tuples) or None, got a "
                 f"{type(leaf).__name__}. Take its tensors out of it and put them back in your adapter"
             )
+
+
+def _listed(names: Iterable[str]) -> str:
+    first, rest = (few := list(names))[:4], len(few) - 4
+    return ", ".join(first) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _is_tensor(x: Any) -> bool:

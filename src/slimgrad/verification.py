@@ -34,6 +34,7 @@ from slimgrad.comparison import (
     compare,
     differentiable,
     fresh,
+    in_short,
     short,
     tolerance_of,
     widened,
@@ -138,8 +139,7 @@ def verify(
             subject = _copied(model, inputs, targets, context, loss_fn, dtype)
             measured = _measure(subject, chunk, schedule)
         except Exception as error:  # noqa: BLE001  whatever somebody else's model raises; in place it may run
-            first_line = str(error).strip().partition("\n")[0]
-            reason = f"a copy in {short(dtype)} did not run ({type(error).__name__}: {first_line[:120]})"
+            reason = f"a copy in {short(dtype)} did not run ({in_short(error)})"
         else:
             return _judged(subject, measured, chunk)
     with _put_back(model):

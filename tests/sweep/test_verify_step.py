@@ -224,11 +224,11 @@ def test_what_cannot_be_compared_is_refused() -> None:
     class Cache:
         pass
 
-    with pytest.raises(sg.InputError, match="leaf .*got a Cache"):
+    with pytest.raises(sg.InputError, match=r"leaf .*got a Cache"):
         sg.verify_step(lambda x, h: (x, Cache()), X, torch.zeros(2, 4))
     with pytest.raises(sg.InputError, match="got a Cache"):
         sg.verify_step(Plain(), X, Cache())
-    with pytest.raises(sg.InputError, match="to return .outputs, next_state., got Tensor"):
+    with pytest.raises(sg.InputError, match=r"to return .outputs, next_state., got Tensor"):
         sg.verify_step(lambda x, h: x, X, torch.zeros(2, 4))
     with pytest.raises(sg.InputError, match=r"outputs: expected \[batch, time"):
         sg.verify_step(lambda x, h: (x.sum(1), h), X, torch.zeros(2, 4))
