@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import textwrap
 import types
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -134,6 +134,11 @@ def cast_along(given: Any, dtype: torch.dtype) -> Any:
 def fresh(given: Any) -> Any:
     """Leaves of their own, so that each run finds only its own gradients."""
     return tree.map_tensors(lambda x: x.detach().requires_grad_() if differentiable(x) else x, given)
+
+
+def cut(given: Any, start: int, stop: int) -> Any:
+    """A tree's inputs from `start` to `stop`."""
+    return tree.map_tensors(lambda x: x[:, start:stop], given)
 
 
 def coarsest(tensors: list[Tensor]) -> torch.dtype:
@@ -294,3 +299,29 @@ def short(dtype: torch.dtype) -> str:
 def in_short(error: Exception) -> str:
     """The kind of an error and the beginning of what it says."""
     return f"{type(error).__name__}: {textwrap.shorten(str(error), 100, placeholder=' ...')}"
+
+
+def named(kind: str, given: Any, *, every: bool = False) -> dict[str, Tensor]:
+    """The tensors of a tree by name: all, or those that take gradients."""
+    found = zip(tree.paths(given), tree.leaves(given), strict=True)
+    whole = "" if isinstance(given, Tensor) else None
+    return {
+        f"{kind} {name if whole is None else whole}".strip(): x
+        for name, x in found
+        if isinstance(x, Tensor) and x.numel() and (every or x.requires_grad)
+    }
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few, and how many more."""
+    first, rest = (few := list(names))[:4], len(few) - 4
+    return ", ".join(first) + (f" and {rest} more" if rest > 0 else "")
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Bit for bit, apart from the sign of zero."""
+    a, b = tree.tensors(one), tree.tensors(other)
+    return len(a) == len(b) and all(
+        x.shape == y.shape and x.dtype == y.dtype and bool(((x == y) | ((x != x) & (y != y))).all())
+        for x, y in zip(a, b, strict=True)
+    )

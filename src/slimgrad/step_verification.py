@@ -13,7 +13,7 @@ Where these differ, each leaf of the state is looked at: does the next call depe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -29,10 +29,14 @@ from slimgrad.comparison import (
     cast_along,
     coarsest,
     compare,
+    cut,
     differentiable,
+    equal,
     fresh,
     held_parameters,
     in_short,
+    listed,
+    named,
     short,
     tolerance_of,
 )
@@ -175,6 +179,7 @@ class _Trial:
         self._own_dtypes = own_dtypes
         self._written: dict[str, None] = {}
         self._retyped: dict[str, None] = {}
+        self._broken: str | None = None
         time = _time(inputs)
         self._spans = [(start, min(start + size, time)) for start in range(0, time, size)]
         self._setting = f"{getattr(step, '__name__', type(step).__name__)}, {size} of {time} inputs a call"
@@ -210,17 +215,19 @@ class _Trial:
         conduct = self._conduct()
         with (casts := NarrowCasts()).watching():
             whole = self._side([(0, self._spans[-1][1])])
-        cut = self._side(self._spans)
+        chunked = self._side(self._spans)
         dtype = self._dtype
-        findings = self._findings(cut, whole, dtype)
+        findings = self._findings(chunked, whole, dtype)
         finer = tolerance_of(dtype)
         if casts.dtype and tolerance_of(casts.dtype) > finer and any(not f.error <= finer for f in findings):
             dtype = casts.dtype
-            findings = self._findings(cut, whole, dtype)
+            findings = self._findings(chunked, whole, dtype)
             notes += (f"it computes in {short(dtype)} inside, so it is held to the tolerance of {short(dtype)}",)
         wrong = {f.check for f in findings if not f.error <= tolerance_of(dtype)}
         faults = [*conduct]
-        if wrong or not any(f.check == "gradient" for f in findings):
+        if self._broken:
+            faults.append(self._broken)
+        elif wrong or not any(f.check == "gradient" for f in findings):
             faults += self._leaves("cut" in wrong)
         if "cut" in wrong and len(faults) == len(conduct):
             faults.append(
@@ -230,9 +237,7 @@ class _Trial:
         if wrong == {"gradient"} and len(faults) == len(conduct):
             faults.append("the gradient that comes back through the state is another one than within one call")
         if self._written:
-            faults.append(
-                f"it writes to the state it is given, leaf {_listed(self._written)}: clone it in your adapter"
-            )
+            faults.append(f"it writes to the state it is given, leaf {listed(self._written)}: clone it in your adapter")
         notes += (*self._retyped, *self._beginning())
         first = [f.norm for f in findings if f.name.startswith("input")]
         if first and max(first) <= torch.finfo(dtype).eps * whole.scale:
@@ -243,26 +248,26 @@ class _Trial:
     def _conduct(self) -> list[str]:
         """What makes any comparison vain."""
         first, second, third = (self.call(self.inputs, self.state, seed) for seed in (_SEED, _SEED, _SEED + 1))
-        if not _equal(first, second):
+        if not equal(first, second):
             return [
                 "two equal calls gave different results: it draws from a generator that is not torch's, keeps "
                 "something between calls, or uses a kernel that is not deterministic"
             ]
-        if not _equal(first, third):
+        if not equal(first, third):
             return ["it draws random numbers, so that calls of other lengths differ: turn dropout off (eval mode)"]
         return []
 
     def _side(self, spans: list[tuple[int, int]]) -> _Side:
         inputs, state = fresh(self.inputs), fresh(self.state)
         takers: Gradients = {
-            "input": _named("input", inputs),
-            "initial state": _named("initial state", state),
+            "input": named("input", inputs),
+            "initial state": named("initial state", state),
             "parameter": held_parameters(self.step),
         }
         pieces: list[dict[str, Tensor]] = []
         for start, stop in spans:
-            outputs, state = self.call(_cut(inputs, start, stop), state)
-            pieces.append(_named("outputs", outputs, every=True))
+            outputs, state = self.call(cut(inputs, start, stop), state)
+            pieces.append(named("outputs", outputs, every=True))
             for name, y in pieces[-1].items():
                 if y.dim() < 2 or y.shape[1] != stop - start:
                     raise InputError(
@@ -270,13 +275,19 @@ class _Trial:
                         "Transpose, or leave out, in your adapter"
                     )
         outputs = {name: torch.cat([piece[name] for piece in pieces], 1) for name in pieces[0]}
-        values: Gradients = {"outputs": outputs, "final state": _named("final state", state, every=True)}
+        values: Gradients = {"outputs": outputs, "final state": named("final state", state, every=True)}
         later = {name: y[:, self.size :] for name, y in outputs.items()}
         product = _product([later, values["final state"]])
         flat = [(kind, name, x) for kind, named in takers.items() for name, x in named.items() if x.requires_grad]
         gradients: Gradients = {kind: {} for kind in takers}
-        if flat and product.requires_grad:
-            found = torch.autograd.grad(product, [x for _, _, x in flat], allow_unused=True)
+        if flat and not product.requires_grad:
+            self._broken = "nothing that it returns has a graph: it runs under no_grad, or detaches everything"
+        elif flat:
+            try:
+                found = torch.autograd.grad(product, [x for _, _, x in flat], allow_unused=True)
+            except RuntimeError as error:  # what autograd needs was written in place
+                self._broken = f"no gradient can be taken of it ({in_short(error)})"
+                return _Side(values, gradients, 0.0)
             for (kind, name, _), g in zip(flat, cast("tuple[Tensor | None, ...]", found), strict=True):
                 if g is not None and kind == "input":
                     gradients[kind][f"{name}, the first {self.size}"] = g[:, : self.size]
@@ -284,18 +295,18 @@ class _Trial:
                     gradients[kind][name] = g
         return _Side(values, gradients, float(product.detach().abs()))
 
-    def _findings(self, cut: _Side, whole: _Side, dtype: torch.dtype) -> list[Finding]:
+    def _findings(self, chunked: _Side, whole: _Side, dtype: torch.dtype) -> list[Finding]:
         rounding = torch.finfo(dtype).eps * whole.scale
-        values, _ = compare("cut", cut.values, whole.values, dtype)
-        gradients, _ = compare("gradient", cut.gradients, whole.gradients, dtype, rounding=rounding)
+        values, _ = compare("cut", chunked.values, whole.values, dtype)
+        gradients, _ = compare("gradient", chunked.gradients, whole.gradients, dtype, rounding=rounding)
         return [*values, *gradients]
 
     def _leaves(self, cut_is_wrong: bool) -> list[str]:
         """For each leaf of the state after the first call: does the second depend on it, does a gradient come back?"""
         (start, stop), (_, end) = self._spans[:2]
-        first, second = (_cut(self.inputs, *span) for span in ((start, stop), (stop, end)))
+        first, second = (cut(self.inputs, *span) for span in ((start, stop), (stop, end)))
         _, state = self.call(fresh(first), fresh(self.state))
-        other = self.call(_cut(self.inputs, end - stop, end), self.state)[1]
+        other = self.call(cut(self.inputs, end - stop, end), self.state)[1]
         given = fresh(state)
         leaves, spec = tree.flatten(given)
         results = self.call(second, given)
@@ -308,7 +319,7 @@ class _Trial:
                 continue
             moved = list(leaves)
             moved[index] = leaf.detach() + 0.1 * torch.randn_like(leaf) * max(1.0, float(leaf.detach().abs().max()))
-            if _equal(self.call(second, tree.unflatten(moved, spec)), results):
+            if equal(self.call(second, tree.unflatten(moved, spec)), results):
                 unused.append(name)
                 continue
             back = (
@@ -321,19 +332,19 @@ class _Trial:
                 faults.append(
                     f"leaf {name}: no gradient comes back through it: the next call detaches what it is given"
                 )
-            elif not returned.requires_grad and not _equal([returned], elsewhere):
+            elif not returned.requires_grad and not equal([returned], elsewhere):
                 faults.append(f"leaf {name}: no gradient comes back through it: it is detached where it is returned")
         if cut_is_wrong and not tree.tensors(state):
             return ["the state is dropped: the step returns none"]
         if cut_is_wrong and unused and len(unused) == sum(_is_tensor(x) and differentiable(x) for x in leaves):
             return [*faults, "the state is dropped: the second call does not depend on it"]
         if cut_is_wrong and unused:
-            faults.append(f"leaf {_listed(unused)}: the second call does not depend on it")
+            faults.append(f"leaf {listed(unused)}: the second call does not depend on it")
         return faults
 
     def _beginning(self) -> list[str]:
         """A model's `initial_state` must return tensors: what to return where the step begins with None."""
-        piece = _cut(self.inputs, *self._spans[0])
+        piece = cut(self.inputs, *self._spans[0])
         outputs, following = self.call(piece, self.state)
         leaves, spec = tree.flatten(self.state)
         found, same_spec = tree.leaves(following), spec == tree.flatten(following)[1]
@@ -349,11 +360,11 @@ class _Trial:
             filled = [zero if leaf is None else leaf for leaf, zero in zip(leaves, tree.leaves(zeros), strict=True)]
             zeros = tree.unflatten(filled, spec)
         try:
-            same = _equal(outputs, self.call(piece, zeros)[0])
+            same = equal(outputs, self.call(piece, zeros)[0])
         except Exception:  # noqa: BLE001  somebody else's function, given what it did not ask for
             same = False
         return [
-            f"leaf {_listed(began)} begins as None, and a model's initial_state must return tensors: "
+            f"leaf {listed(began)} begins as None, and a model's initial_state must return tensors: "
             + ("zeros in the shapes of the next state give the same outputs" if same else "zeros do not do the same")
         ]
 
@@ -376,28 +387,8 @@ def _require_tensors(state: Any, what: str) -> None:
             )
 
 
-def _listed(names: Iterable[str]) -> str:
-    first, rest = (few := list(names))[:4], len(few) - 4
-    return ", ".join(first) + (f" and {rest} more" if rest > 0 else "")
-
-
 def _is_tensor(x: Any) -> bool:
     return isinstance(x, Tensor)
-
-
-def _named(kind: str, given: Any, *, every: bool = False) -> dict[str, Tensor]:
-    """The tensors of a tree by name: all, or those that take gradients."""
-    found = zip(tree.paths(given), tree.leaves(given), strict=True)
-    whole = "" if isinstance(given, Tensor) else None
-    return {
-        f"{kind} {name if whole is None else whole}".strip(): x
-        for name, x in found
-        if isinstance(x, Tensor) and x.numel() and (every or x.requires_grad)
-    }
-
-
-def _cut(given: Any, start: int, stop: int) -> Any:
-    return tree.map_tensors(lambda x: x[:, start:stop], given)
 
 
 def _product(given: Any) -> Tensor:
@@ -412,12 +403,3 @@ def _product(given: Any) -> Tensor:
             product = (numbers.to(x.device, x.dtype).conj() * x).sum()
             total = total.to(product.device) + (product.real if product.is_complex() else product)
     return total
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Bit for bit, apart from the sign of zero."""
-    a, b = tree.tensors(one), tree.tensors(other)
-    return len(a) == len(b) and all(
-        x.shape == y.shape and x.dtype == y.dtype and bool(((x == y) | ((x != x) & (y != y))).all())
-        for x, y in zip(a, b, strict=True)
-    )

@@ -15,14 +15,12 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimgrad.api import backward
-from slimgrad.call import Call, Options, raw_tensor
 from slimgrad.chunks import LossFn
 from slimgrad.comparison import (
     Copier,
@@ -32,20 +30,30 @@ from slimgrad.comparison import (
     cast_along,
     coarsest,
     compare,
-    differentiable,
     fresh,
     in_short,
+    listed,
     short,
     tolerance_of,
     widened,
 )
-from slimgrad.losses import IGNORED, cross_entropy_sum
+from slimgrad.losses import cross_entropy_sum
+from slimgrad.reference import (
+    SEED,
+    Outcome,
+    Subject,
+    as_verified,
+    device_of,
+    in_one_graph,
+    loss_that_is_no_sum,
+    plain_loss,
+    sequences,
+    with_value,
+)
 from slimgrad.sweep import tree
 from slimgrad.sweep.random import seeded
 from slimgrad.sweep.schedule import Schedule
-from slimgrad.sweep.state import Growing, PrefixSum
 
-_SEED = 0x51136AD
 _TITLES = {"sweep": "against the same chunks in one graph", "step": "against one call over the whole sequence"}
 
 
@@ -129,11 +137,11 @@ def verify(
     replaced = [
         f"{type(module).__name__}.{name}"
         for module in model.modules()
-        for name in ("forward", "advance", "initial_state")
-        if name in vars(module)
+        for name in ("forward", "advance", "initial_state", "_compiled_call_impl")
+        if vars(module).get(name) is not None
     ]
     if replaced:
-        reason = f"{', '.join(replaced)} was replaced on the instance, and a copy would run the original"
+        reason = f"{', '.join(replaced)} was set on the instance, and a copy would run without it"
     else:
         try:
             subject = _copied(model, inputs, targets, context, loss_fn, dtype)
@@ -145,87 +153,69 @@ def verify(
     with _put_back(model):
         own = coarsest(list(model.parameters()) or [*model.buffers(), *tree.tensors(inputs)])
         note = f"{reason}: verified in place, in the model's own {short(own)}"
-        subject = _Subject(model, inputs, targets, context, loss_fn, own, (note,))
+        subject = Subject(model, inputs, targets, context, loss_fn, own, (note,))
         return _judged(subject, _measure(subject, chunk, schedule), chunk)
 
 
-class _Subject(NamedTuple):
-    """What is verified: the model or its copy, with what belongs to it."""
-
-    model: nn.Module
-    inputs: Any
-    targets: Any
-    context: Any
-    loss_fn: LossFn | None
-    dtype: torch.dtype
-    notes: tuple[str, ...] = ()
-    default_dtype: torch.dtype | None = None
-
-
-class _Outcome(NamedTuple):
-    loss: float
-    gradients: Gradients
-
-
-_Measured = dict[str, tuple[_Outcome, _Outcome]]  # by check: chunked, reference
+_Measured = dict[str, tuple[Outcome, Outcome]]  # by check: chunked, reference
 
 
 def _copied(
     model: nn.Module, inputs: Any, targets: Any, context: Any, loss_fn: LossFn | None, dtype: torch.dtype
-) -> _Subject:
+) -> Subject:
     copier = Copier(dtype)
     copied = copier.module(model)
     made = cast(Any, copied).initial_state if hasattr(copied, "initial_state") else None
     if made is not None:
 
         def initial_state(batch_size: int) -> Any:
-            return tree.map_leaves(partial(_with_value, function=partial(widened, dtype=dtype)), made(batch_size))
+            return tree.map_leaves(partial(with_value, function=partial(widened, dtype=dtype)), made(batch_size))
 
         cast(Any, copied).initial_state = initial_state
     inputs, targets, context = (cast_along(x, dtype) for x in (inputs, targets, context))
-    return _Subject(copied, inputs, targets, context, copier.function(loss_fn), dtype, default_dtype=dtype)
+    return Subject(copied, inputs, targets, context, copier.function(loss_fn), dtype, default_dtype=dtype)
 
 
-def _measure(subject: _Subject, chunk: int, schedule: Schedule | None) -> _Measured:
+def _measure(subject: Subject, chunk: int, schedule: Schedule | None) -> _Measured:
     modes = [(module, module.training) for module in subject.model.modules()]
-    with _as_verified(subject):
+    with as_verified(subject):
         in_chunks = _swept(subject, chunk, schedule)
-        in_one_graph = _in_one_graph(subject, chunk)
+        plain = in_one_graph(subject, chunk)
         still = in_chunks
         try:
             if any(training for _, training in modes):
                 subject.model.eval()
                 still = _swept(subject, chunk, schedule)
-            whole = _in_one_graph(subject, None)
+            whole = in_one_graph(subject, None)
         finally:
             for module, training in modes:
                 module.training = training
-    return {"sweep": (in_chunks, in_one_graph), "step": (still, whole)}
+    return {"sweep": (in_chunks, plain), "step": (still, whole)}
 
 
-def _judged(subject: _Subject, measured: _Measured, chunk: int) -> Report:
+def _judged(subject: Subject, measured: _Measured, chunk: int) -> Report:
     """The report, at the tolerance of the coarsest precision that shows in the errors and is found in the model."""
     notes, dtype = list(subject.notes), subject.dtype
     report = _report(subject, measured, chunk, dtype, notes)
     if report.passed:
         return report
-    with _as_verified(subject), (casts := NarrowCasts()).watching(), torch.no_grad():
-        _plain_loss(subject, chunk)
+    with as_verified(subject), (casts := NarrowCasts()).watching(), torch.no_grad():
+        plain_loss(subject, chunk)
     if casts.dtype is not None and tolerance_of(casts.dtype) > report.tolerance:
         dtype = casts.dtype
         notes.append(
-            f"the model computes in {short(dtype)} inside ({', '.join(casts.places[:4])}), so it is held to the "
+            f"the model computes in {short(dtype)} inside ({listed(casts.places)}), so it is held to the "
             f"tolerance of {short(dtype)}"
         )
-    with _as_verified(subject), torch.no_grad():
+    with as_verified(subject), torch.no_grad():
         if report.loss_errors["step"] > tolerance_of(dtype):
-            notes += _loss_that_is_no_sum(subject, chunk)
+            notes += loss_that_is_no_sum(subject, chunk)
     if any(outcome.loss != outcome.loss for pair in measured.values() for outcome in pair):
         notes.append("the loss is NaN, so there is nothing to compare")
     return _report(subject, measured, chunk, dtype, notes)
 
 
-def _report(subject: _Subject, measured: _Measured, chunk: int, dtype: torch.dtype, notes: list[str]) -> Report:
+def _report(subject: Subject, measured: _Measured, chunk: int, dtype: torch.dtype, notes: list[str]) -> Report:
     findings: list[Finding] = []
     global_errors: dict[str, float] = {}
     loss_errors: dict[str, float] = {}
@@ -237,16 +227,16 @@ def _report(subject: _Subject, measured: _Measured, chunk: int, dtype: torch.dty
         loss_errors[check] = abs(got.loss - expected.loss) / max(abs(expected.loss), 1e-300)
     empty = [f.name for f in findings if f.check == "sweep" and f.norm != f.norm]
     if empty:
-        notes = [*notes, f"nothing but NaN and infinities in both gradients of {', '.join(empty[:4])}: not compared"]
-    time = max(next(iter(tree.tensors(one))).shape[1] for one, _ in _sequences(subject))
+        notes = [*notes, f"nothing but NaN and infinities in both gradients of {listed(empty)}: not compared"]
+    time = max(next(iter(tree.tensors(one))).shape[1] for one, _ in sequences(subject))
     setting = f"{type(subject.model).__name__}, chunks of {chunk} in {time} tokens, {short(subject.dtype)}"
     return Report(tuple(findings), global_errors, loss_errors, tolerance_of(dtype), setting, tuple(notes))
 
 
-def _swept(subject: _Subject, chunk: int, schedule: Schedule | None) -> _Outcome:
+def _swept(subject: Subject, chunk: int, schedule: Schedule | None) -> Outcome:
     """The sweep's loss and gradients; takes the gradients off the model."""
     model, inputs, context = subject.model, fresh(subject.inputs), fresh(subject.context)
-    with seeded(_SEED, _device(model)):
+    with seeded(SEED, device_of(model)):
         result = backward(
             model,
             inputs,
@@ -265,155 +255,7 @@ def _swept(subject: _Subject, chunk: int, schedule: Schedule | None) -> _Outcome
     gradients["initial state"] = {
         f"initial state {name}": g for name, g in zip(names, leaves, strict=True) if isinstance(g, Tensor) and g.numel()
     }
-    return _Outcome(float(result.loss), gradients)
-
-
-def _in_one_graph(subject: _Subject, chunk: int | None) -> _Outcome:
-    """Plain backpropagation: the states passed on by ordinary autograd, nothing swept."""
-    loss, takers = _plain_loss(subject, chunk)
-    flat = [(kind, name, x) for kind, named in takers.items() for name, x in named.items()]
-    found = cast("tuple[Tensor | None, ...]", torch.autograd.grad(loss, [x for _, _, x in flat], allow_unused=True))
-    gradients: Gradients = {kind: {} for kind in takers}
-    for (kind, name, _), g in zip(flat, found, strict=True):
-        if g is not None:
-            gradients[kind][name] = g
-    return _Outcome(float(loss.detach()), gradients)
-
-
-def _plain_loss(subject: _Subject, chunk: int | None) -> tuple[Tensor, Gradients]:
-    """The loss of chunks in one graph (None: of one call), and the tensors that take gradients, by kind and name."""
-    model, loss_fn = subject.model, subject.loss_fn or _cross_entropy
-    subject = subject._replace(inputs=fresh(subject.inputs), context=fresh(subject.context))
-    takers: Gradients = {
-        "parameter": {name: p for name, p in model.named_parameters() if p.requires_grad},
-        **{
-            kind: {f"{kind} {i}": x for i, x in enumerate(tree.tensors(given)) if x.requires_grad}
-            for kind, given in (("input", subject.inputs), ("context", subject.context))
-        },
-    }
-    losses: list[Tensor] = []
-    count, states = 0, list[Any]()
-    for program, (inputs, targets) in zip(_programs(subject, chunk), _sequences(subject), strict=True):
-        with program.chunk_context(-1):
-            given = cast(Any, model).initial_state(program.batch)
-        state = tree.map_leaves(lambda leaf: _with_value(leaf, _entry), given)
-        states.append(tree.map_leaves(raw_tensor, state))
-        for number in range(program.num_chunks):
-            start, stop = program.span(number)
-            with program.chunk_context(number):
-                outputs, state = _step(subject, _cut(inputs, start, stop), state)
-                loss = loss_fn(outputs, _cut(targets, start, stop))
-            losses.append(loss["loss"] if isinstance(loss, dict) else loss)
-        count += _count(targets)
-    named = states if isinstance(subject.inputs, list) else states[0]
-    takers["initial state"] = {
-        f"initial state {name}": x
-        for name, x in zip(tree.paths(named), tree.leaves(named), strict=True)
-        if isinstance(x, Tensor) and x.requires_grad and x.numel()
-    }
-    return torch.stack(losses).sum() / max(count, 1), takers
-
-
-def _entry(x: Tensor) -> Tensor:
-    """A tensor of this leaf's own, so that its gradient counts nothing that another leaf was made of."""
-    if not differentiable(x):
-        return x
-    return x.clone() if x.requires_grad else x.detach().clone().requires_grad_()
-
-
-def _with_value(leaf: Any, function: Any) -> Any:
-    """The leaf of a state with `function` applied to its tensor."""
-    x = raw_tensor(leaf)
-    if x is None or (y := function(x)) is x:
-        return leaf
-    return type(leaf)(y) if isinstance(leaf, PrefixSum | Growing) else y
-
-
-def _programs(subject: _Subject, chunk: int | None) -> list[Any]:
-    """Where each sequence is cut and what each chunk draws from: all that the references share with the sweep."""
-    longest = max(tree.tensors(inputs)[0].shape[1] for inputs, _ in _sequences(subject))
-    loss_fn = subject.loss_fn or cross_entropy_sum
-    options = Options(subject.context, longest if chunk is None else chunk, None, loss_fn, "targets", None, None)
-    with seeded(_SEED, _device(subject.model)):
-        return list(Call(subject.model, subject.inputs, subject.targets, options).sequences)
-
-
-def _sequences(subject: _Subject) -> list[tuple[Any, Any]]:
-    """Inputs and targets of each sequence, batched, on the model's device, next tokens shifted into place."""
-    device, is_list = _device(subject.model), isinstance(subject.inputs, list)
-    inputs = subject.inputs if is_list else [subject.inputs]
-    targets = subject.targets if is_list and subject.targets is not None else [subject.targets] * len(inputs)
-    found: list[tuple[Any, Any]] = []
-    for one, goal in zip(inputs, targets, strict=True):
-        one, goal = (tree.map_tensors(lambda x: (x[None] if x.dim() == 1 else x).to(device), x) for x in (one, goal))
-        found.append((one, F.pad(one[:, 1:].long(), (0, 1), value=IGNORED) if goal is None else goal))
-    return found
-
-
-def _step(subject: _Subject, inputs: Any, state: Any) -> Any:
-    return subject.model(inputs, state) if subject.context is None else subject.model(inputs, state, subject.context)
-
-
-def _cut(given: Any, start: int, stop: int) -> Any:
-    return tree.map_tensors(lambda x: x[:, start:stop], given)
-
-
-def _count(targets: Any) -> int:
-    """Targets that are not ignored, counted in a dtype that holds -100."""
-    if isinstance(targets, Tensor) and not differentiable(targets):
-        return int((targets.long() != IGNORED).sum())
-    first = tree.tensors(targets)[0]
-    return first.shape[0] * first.shape[1]
-
-
-def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    logits = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), ignore_index=IGNORED, reduction="sum")
-
-
-def _loss_that_is_no_sum(subject: _Subject, chunk: int) -> list[str]:
-    """A sentence if `loss_fn` of one call's outputs is not what it gives for their chunks, added up."""
-    if subject.loss_fn is None:
-        return []
-    whole = parts = torch.zeros(())
-    pieces, pairs = 0, list(zip(_programs(subject, chunk), _programs(subject, None), _sequences(subject), strict=True))
-    for program, uncut, (inputs, targets) in pairs:
-        with uncut.chunk_context(-1):
-            state = cast(Any, subject.model).initial_state(program.batch)
-        with uncut.chunk_context(0):
-            outputs, _ = _step(subject, inputs, state)
-            if any(x.shape[:2] != (program.batch, program.time) for x in tree.tensors(outputs)):
-                return []
-            spans = [(0, program.time), *(program.span(number) for number in range(program.num_chunks))]
-            losses = [subject.loss_fn(_cut(outputs, *span), _cut(targets, *span)) for span in spans]
-        first, *rest = (float(loss["loss"] if isinstance(loss, dict) else loss) for loss in losses)
-        whole, parts, pieces = whole + first, parts + sum(rest), pieces + len(rest)
-    whole, parts, cuts = float(whole), float(parts), pieces / len(pairs)
-    if abs(parts - whole) <= tolerance_of(subject.dtype) * abs(whole):
-        return []
-    mean = abs(parts - cuts * whole) < 0.3 * cuts * abs(whole) and cuts > 1
-    return [
-        f"your loss_fn {'looks like a mean' if mean else 'is not a sum'} over the chunk: of the same outputs it gives "
-        f"{whole:.4g} in one piece and {parts:.4g} added up over {pieces} chunks. Return the sum over the chunk; "
-        "slimgrad divides once, by the number of targets of the whole call"
-    ]
-
-
-def _device(model: nn.Module) -> torch.device:
-    first = next((x for x in (*model.parameters(), *model.buffers())), None)
-    return torch.device("cpu") if first is None else first.device
-
-
-@contextmanager
-def _as_verified(subject: _Subject) -> Generator[None]:
-    """Gradients on, the generators put back, and what the copy makes by itself made in the copy's dtype."""
-    before = torch.get_default_dtype()
-    with seeded(_SEED, _device(subject.model)), torch.enable_grad():
-        try:
-            torch.set_default_dtype(subject.default_dtype or before)
-            yield
-        finally:
-            torch.set_default_dtype(before)
+    return Outcome(float(result.loss), gradients)
 
 
 @contextmanager

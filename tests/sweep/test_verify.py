@@ -591,3 +591,31 @@ def test_unsigned_targets_pass_exactly_if_they_are_counted_right(dtype: torch.dt
     targets[:, ::4] = ignored
     result = sg.backward(model, TOKENS, targets.to(dtype), chunk=10)
     assert sg.verify(model, TOKENS, targets.to(dtype), chunk=10).passed is (result.num_targets == targets.numel())
+
+
+def test_sparse_gradients_are_compared() -> None:
+    model = Recurrence()
+    model.embed = nn.Embedding(13, 6, sparse=True)
+    report = sg.verify(model, TOKENS, chunk=10)
+    assert report.passed, report
+    assert "embed.weight" in {f.name for f in report.findings}
+
+
+def test_under_autocast_the_tolerance_is_that_of_its_dtype() -> None:
+    model = Recurrence()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        report = sg.verify(model, TOKENS, chunk=10, dtype=torch.float32)
+    assert report.passed, report
+    assert report.tolerance == 5e-2
+    assert "the model computes in bfloat16 inside (Linear" in report.notes[0]
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch._dynamo warns of is its own
+def test_a_compiled_model_is_verified_as_it_runs() -> None:
+    model = Recurrence()
+    runs = []
+    model.compile(backend=lambda graph, _: lambda *args: runs.append(0) or graph(*args))
+    report = sg.verify(model, TOKENS, chunk=47)
+    assert report.passed, report
+    assert "Recurrence._compiled_call_impl was set on the instance" in report.notes[0]
+    assert runs

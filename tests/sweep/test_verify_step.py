@@ -220,6 +220,39 @@ def test_what_has_no_memory_passes_with_a_note() -> None:
     assert any("hardly depend on the first inputs" in note for note in report.notes)
 
 
+def test_what_has_no_graph_at_all_is_named() -> None:
+    step = torch.no_grad()(Plain().__call__)
+    report = sg.verify_step(step, X, start())
+    assert not report.passed
+    assert report.faults == ("nothing that it returns has a graph: it runs under no_grad, or detaches everything",)
+
+
+def test_a_write_that_autograd_refuses_is_a_fault_and_no_error() -> None:
+    def step(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.cumsum(1) * h[:, None].exp()
+        return y * h[:, None], h.add_(y[:, -1])
+
+    report = sg.verify_step(step, X, torch.zeros(2, 4))
+    assert not report.passed
+    assert report.faults[0].startswith("no gradient can be taken of it (RuntimeError: one of the variables needed")
+    assert "it writes to the state it is given, leaf (the state itself): clone it in your adapter" in report.faults
+
+
+def test_a_leaf_that_changes_its_dtype_is_said() -> None:
+    def step(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        h, rest = state
+        y = (0.0 if h is None else h)[..., None, :] + x.cumsum(1) if h is not None else x.cumsum(1)
+        return y + rest.to(x.dtype)[:, None], (y[:, -1], rest.float())
+
+    report = sg.verify_step(step, X, (None, torch.zeros(2, 4, dtype=torch.bfloat16)))
+    assert report.passed, report
+    assert report.notes[-1].startswith(
+        "leaf [0] begins as None, and a model's initial_state must return tensors: zeros"
+    )
+    assert report.notes[-1].endswith("give the same outputs")
+    assert "leaf [1] was given as bfloat16 and comes back as float32" in report.notes
+
+
 def test_what_cannot_be_compared_is_refused() -> None:
     class Cache:
         pass
