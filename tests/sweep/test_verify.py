@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 import warnings
 from functools import partial
@@ -173,6 +174,31 @@ def test_a_cut_gradient_shows_beside_a_huge_gradient_of_the_initial_state(dtype:
     assert errors["w.weight"] > 0.1
     assert report.global_errors["sweep"] <= report.tolerance
     assert report.global_errors["step"] > 0.1
+
+
+class Faint(Recurrence):
+    """A memory with a millionth of a part in the outputs."""
+
+    cut = False
+
+    def forward(self, inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+        x = self.embed(inputs)
+        y, h = self.roll(x.detach(), state)
+        return self.head(x) + 1e-6 * y.sum(-1, keepdim=True).sin() * self.head.weight[:, 0].detach(), (
+            h.detach() if self.cut else h
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_cut_gradient_shows_where_the_memory_is_faint(dtype: torch.dtype) -> None:
+    model = Faint()
+    assert sg.verify(model, TOKENS, chunk=10, dtype=dtype).passed
+    model.cut = True
+    report = sg.verify(model, TOKENS, chunk=10, dtype=dtype)
+    norms = {f.name: f.norm for f in report.findings}
+    assert norms["w.weight"] < 3e-5 * norms["head.weight"]
+    assert not report.passed
+    assert {f.name: f.error for f in report.findings if f.check == "step"}["w.weight"] > 10 * report.tolerance
 
 
 class KeyBias(nn.Module):
@@ -380,6 +406,23 @@ def test_an_initial_state_of_float32_zeros_is_cast_along(explicit: bool) -> None
         assert torch.get_default_dtype() == torch.float32
 
 
+def test_a_table_that_is_no_buffer_is_cast_along() -> None:
+    class Table(Recurrence):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.linspace(-1, 1, 36).reshape(6, 6)
+
+        def forward(self, inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+            y, h = self.roll(self.embed(inputs) @ self.table, state)
+            return self.head(y), h
+
+    model = Table()
+    report = sg.verify(model, TOKENS, chunk=10)
+    assert report.passed, report
+    assert report.notes == ()
+    assert model.table.dtype == torch.float32
+
+
 class CastsInside(Recurrence):
     """Sums in float32, as in many published models: where they are cut shows in the last bits of these."""
 
@@ -545,6 +588,15 @@ def test_a_refusal_passes_through() -> None:
     with pytest.raises(sg.InputError, match="chunk=0") as refusal:
         sg.verify(Recurrence(), TOKENS, chunk=0)
     assert refusal.value.__context__ is None
+
+    class BeginsWithNone(LSTM):
+        def initial_state(self, batch_size: int) -> Any:
+            return None
+
+    with pytest.raises(Exception) as directly:  # noqa: PT011  whatever it is
+        sg.backward(BeginsWithNone(), TOKENS, chunk=10)
+    with pytest.raises(type(directly.value), match=re.escape(str(directly.value))):
+        sg.verify(BeginsWithNone(), TOKENS, chunk=10)
 
 
 def test_a_loss_that_is_a_mean_is_named() -> None:
