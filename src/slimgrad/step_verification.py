@@ -227,14 +227,14 @@ class _Trial:
         faults = [*conduct]
         if self._broken:
             faults.append(self._broken)
-        elif wrong or not any(f.check == "gradient" for f in findings):
+        elif not conduct and (wrong or not any(f.check == "gradient" for f in findings)):
             faults += self._leaves("cut" in wrong)
-        if "cut" in wrong and len(faults) == len(conduct):
+        if "cut" in wrong and not faults:
             faults.append(
                 "outputs or state depend on where the inputs are cut: look for a memory that is not in the state (a "
                 "momentum, a convolution's tail), a position counted from the call's start, a statistic over the call"
             )
-        if wrong == {"gradient"} and len(faults) == len(conduct):
+        if wrong == {"gradient"} and not faults:
             faults.append("the gradient that comes back through the state is another one than within one call")
         if self._written:
             faults.append(f"it writes to the state it is given, leaf {listed(self._written)}: clone it in your adapter")
@@ -318,7 +318,7 @@ class _Trial:
             if not (_is_tensor(leaf) and differentiable(leaf) and leaf.numel()):
                 continue
             moved = list(leaves)
-            moved[index] = leaf.detach() + 0.1 * torch.randn_like(leaf) * max(1.0, float(leaf.detach().abs().max()))
+            moved[index] = leaf.detach() + 0.1 * _numbers(leaf) * max(1.0, float(leaf.detach().abs().max()))
             if equal(self.call(second, tree.unflatten(moved, spec)), results):
                 unused.append(name)
                 continue
@@ -393,13 +393,16 @@ def _is_tensor(x: Any) -> bool:
 
 def _product(given: Any) -> Tensor:
     """The inner product of every floating tensor with random numbers, the same at each call."""
-    generator = torch.Generator().manual_seed(_SEED)
     total = torch.zeros(())
-    for x in tree.tensors(given):
+    for index, x in enumerate(tree.tensors(given)):
         if differentiable(x):
-            numbers = torch.randn(
-                x.shape, dtype=torch.complex128 if x.is_complex() else torch.float64, generator=generator
-            )
-            product = (numbers.to(x.device, x.dtype).conj() * x).sum()
+            product = (_numbers(x, index).conj() * x).sum()
             total = total.to(product.device) + (product.real if product.is_complex() else product)
     return total
+
+
+def _numbers(like: Tensor, index: int = 0) -> Tensor:
+    """Random numbers that leave the generators alone."""
+    generator = torch.Generator().manual_seed(_SEED + index)
+    wide = torch.complex128 if like.is_complex() else torch.float64
+    return torch.randn(like.shape, dtype=wide, generator=generator).to(like.device, like.dtype)
