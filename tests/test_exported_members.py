@@ -29,6 +29,7 @@ PUBLIC = {
     "Schedule",
     "SlimgradError",
     "StateMismatchError",
+    "StepReport",
     "StorageError",
     "SweepError",
     "backward",
@@ -36,6 +37,7 @@ PUBLIC = {
     "loss",
     "token_loss",
     "verify",
+    "verify_step",
 }
 
 

@@ -20,6 +20,7 @@ from slimgrad.errors import (
     SweepError,
 )
 from slimgrad.protocol import CausalModel
+from slimgrad.step_verification import StepReport, verify_step
 from slimgrad.sweep import Binomial, Event, Every, Growing, Keep, PrefixSum, Rebuild, Schedule
 from slimgrad.verification import Report, verify
 
@@ -47,6 +48,7 @@ __all__ = [
     "Schedule",
     "SlimgradError",
     "StateMismatchError",
+    "StepReport",
     "StorageError",
     "SweepError",
     "backward",
@@ -54,4 +56,5 @@ __all__ = [
     "loss",
     "token_loss",
     "verify",
+    "verify_step",
 ]

@@ -4,49 +4,57 @@
    recomputed, adjoints carried by hand, gradients gathered. Random draws included, since each chunk has its own seed.
 2. **step**: one call over the whole sequence, in eval mode (no random draws). Differs in the model: a step whose
    outputs depend on where the sequence was cut fails here.
+
+The references slice, shift, count and add up on their own, so that a fault of the sweep's in these shows as well. They
+share with it the seed of each chunk and where it is cut.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from slimgrad.api import backward
-from slimgrad.call import Call, Options, raw_tensor
-from slimgrad.chunks import LossFn, batch_and_time
+from slimgrad.chunks import LossFn
+from slimgrad.comparison import (
+    Copier,
+    Finding,
+    Gradients,
+    NarrowCasts,
+    cast_along,
+    coarsest,
+    compare,
+    fresh,
+    in_short,
+    listed,
+    short,
+    tolerance_of,
+    widened,
+)
 from slimgrad.losses import cross_entropy_sum
+from slimgrad.reference import (
+    SEED,
+    Outcome,
+    Subject,
+    as_verified,
+    device_of,
+    in_one_graph,
+    loss_that_is_no_sum,
+    plain_loss,
+    sequences,
+    with_value,
+)
 from slimgrad.sweep import tree
 from slimgrad.sweep.random import seeded
 from slimgrad.sweep.schedule import Schedule
 
-# A cut state gradient shows as 1e-2 to 1; agreement in float64 was measured at 1e-13 and below, in float32 at 1e-6.
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
-_TOLERANCE_NARROW = 5e-2
-_SMALL = 1e-6  # a gradient this much smaller than all together is compared on that scale
-_SEED = 0x51136AD
-
-
-@dataclass(frozen=True)
-class Finding:
-    """How far one gradient is from its reference.
-
-    Attributes:
-        check: "sweep" or "step".
-        name: the parameter, `input ...` or `initial state ...`.
-        error: ||difference|| / max(||reference||, 1e-6 ||all references||).
-        norm: ||reference||.
-    """
-
-    check: str
-    name: str
-    error: float
-    norm: float
+_TITLES = {"sweep": "against the same chunks in one graph", "step": "against one call over the whole sequence"}
 
 
 @dataclass(frozen=True)
@@ -55,10 +63,12 @@ class Report:
 
     Attributes:
         findings: one per gradient and check.
-        global_errors: by check, ||all differences|| / ||all references||.
+        global_errors: by check, ||all differences|| / ||all references||, the largest over parameters, inputs, context
+            and initial state.
         loss_errors: by check, the relative difference of the losses.
         tolerance: what every error must stay under.
         setting: what was compared, in words.
+        notes: whatever else there is to say, a sentence each.
     """
 
     findings: tuple[Finding, ...]
@@ -66,6 +76,7 @@ class Report:
     loss_errors: dict[str, float]
     tolerance: float
     setting: str
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -76,19 +87,22 @@ class Report:
     @property
     def worst(self) -> Finding | None:
         """The finding that is farthest off."""
-        return max(self.findings, key=lambda f: (f.error != f.error, f.error), default=None)
+        return max(self.findings, key=_farthest, default=None)
 
     def __str__(self) -> str:
         lines = [f"{'exact' if self.passed else 'NOT EXACT'}: {self.setting}; tolerance {self.tolerance:.0e}"]
-        titles = {"sweep": "against the same chunks in one graph", "step": "against one call over the whole sequence"}
-        for check, title in titles.items():
+        for check, title in _TITLES.items():
             everything, loss = self.global_errors[check], self.loss_errors[check]
             lines.append(f"  {check} ({title}): all gradients {everything:.1e}, loss {loss:.1e}")
-            found = sorted((f for f in self.findings if f.check == check), key=lambda f: -f.error)
+            found = sorted((f for f in self.findings if f.check == check), key=_farthest, reverse=True)
             lines += [f"    {f.error:8.1e}  {f.name}  (norm {f.norm:.2e})" for f in found[:5]]
             if len(found) > 5:
                 lines.append(f"    and {len(found) - 5} more, all smaller")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def _farthest(finding: Finding) -> tuple[bool, float]:
+    return finding.error != finding.error, finding.error
 
 
 def verify(
@@ -104,127 +118,173 @@ def verify(
 ) -> Report:
     """Compare the chunked gradient of every parameter, floating input and initial state with plain backpropagation.
 
-    Works on a copy of the model in `dtype`; the model itself, its gradients and the random state are untouched.
+    Works on a copy of the model in `dtype`, with inputs, targets, context and the tensors that `loss_fn` holds cast
+    along. A model that cannot be copied, or whose copy does not run in `dtype`, is verified in place and in its own
+    dtype, and the report says so. Either way the model, its gradients and the random state are as before afterwards.
 
     Args:
         model, inputs, targets, context, chunk, schedule, loss_fn: as in `slimgrad.backward`.
-        dtype: the precision of the comparison. A model that casts to float32 inside stops agreeing at about 1e-7.
+        dtype: the precision of the comparison. A model that casts to float32 inside is held to float32's tolerance.
 
     Returns:
         A `Report` that says which check failed, where, by how much.
 
+    Raises:
+        Whatever `slimgrad.backward` raises for this model: what it refuses cannot be compared.
+
     Cost: up to five gradients, two of them plain: memory linear in the sequence. Take one of a few chunks.
     """
-    inputs, context = _cast(inputs, dtype), _cast(context, dtype)
-    options = Options(context, chunk, schedule, loss_fn or cross_entropy_sum, "targets", None, None)
-    exact_copy = _copy(model, dtype)
-    with _seeded_like(model):
-        in_chunks = _swept(exact_copy, inputs, targets, options)
-        in_one_graph = _in_one_graph(exact_copy, inputs, targets, options)
-        still, whole = in_chunks, in_one_graph
-        if model.training:
-            exact_copy.eval()
-            still = _swept(exact_copy, inputs, targets, options)
-        time = max(batch_and_time(one)[1] for one in (inputs if isinstance(inputs, list) else [inputs]))
-        whole = _in_one_graph(exact_copy, inputs, targets, options._replace(chunk=time))
+    replaced = [
+        f"{type(module).__name__}.{name}"
+        for module in model.modules()
+        for name in ("forward", "advance", "initial_state", "_compiled_call_impl")
+        if vars(module).get(name) is not None
+    ]
+    if replaced:
+        reason = f"{', '.join(replaced)} was set on the instance, and a copy would run without it"
+    else:
+        try:
+            subject = _copied(model, inputs, targets, context, loss_fn, dtype)
+            measured = _measure(subject, chunk, schedule)
+        except Exception as error:  # noqa: BLE001  whatever somebody else's model raises; in place it may run
+            reason = f"a copy in {short(dtype)} did not run ({in_short(error)})"
+        else:
+            return _judged(subject, measured, chunk)
+    with _put_back(model):
+        own = coarsest(list(model.parameters()) or [*model.buffers(), *tree.tensors(inputs)])
+        note = f"{reason}: verified in place, in the model's own {short(own)}"
+        subject = Subject(model, inputs, targets, context, loss_fn, own, (note,))
+        return _judged(subject, _measure(subject, chunk, schedule), chunk)
+
+
+_Measured = dict[str, tuple[Outcome, Outcome]]  # by check: chunked, reference
+
+
+def _copied(
+    model: nn.Module, inputs: Any, targets: Any, context: Any, loss_fn: LossFn | None, dtype: torch.dtype
+) -> Subject:
+    copier = Copier(dtype)
+    copied = copier.module(model)
+    made = cast(Any, copied).initial_state if hasattr(copied, "initial_state") else None
+    if made is not None:
+
+        def initial_state(batch_size: int) -> Any:
+            return tree.map_leaves(partial(with_value, function=partial(widened, dtype=dtype)), made(batch_size))
+
+        cast(Any, copied).initial_state = initial_state
+    inputs, targets, context = (cast_along(x, dtype) for x in (inputs, targets, context))
+    return Subject(copied, inputs, targets, context, copier.function(loss_fn), dtype, default_dtype=dtype)
+
+
+def _measure(subject: Subject, chunk: int, schedule: Schedule | None) -> _Measured:
+    modes = [(module, module.training) for module in subject.model.modules()]
+    with as_verified(subject):
+        in_chunks = _swept(subject, chunk, schedule)
+        plain = in_one_graph(subject, chunk)
+        still = in_chunks
+        try:
+            if any(training for _, training in modes):
+                subject.model.eval()
+                still = _swept(subject, chunk, schedule)
+            whole = in_one_graph(subject, None)
+        finally:
+            for module, training in modes:
+                module.training = training
+    return {"sweep": (in_chunks, plain), "step": (still, whole)}
+
+
+def _judged(subject: Subject, measured: _Measured, chunk: int) -> Report:
+    """The report, at the tolerance of the coarsest precision that shows in the errors and is found in the model."""
+    notes, dtype = list(subject.notes), subject.dtype
+    report = _report(subject, measured, chunk, dtype, notes)
+    if report.passed:
+        return report
+    with as_verified(subject), (casts := NarrowCasts()).watching(), torch.no_grad():
+        plain_loss(subject, chunk)
+    if casts.dtype is not None and tolerance_of(casts.dtype) > report.tolerance:
+        dtype = casts.dtype
+        notes.append(
+            f"the model computes in {short(dtype)} inside ({listed(casts.places)}), so it is held to the "
+            f"tolerance of {short(dtype)}"
+        )
+    with as_verified(subject), torch.no_grad():
+        if report.loss_errors["step"] > tolerance_of(dtype):
+            notes += loss_that_is_no_sum(subject, chunk)
+    if any(outcome.loss != outcome.loss for pair in measured.values() for outcome in pair):
+        notes.append("the loss is NaN, so there is nothing to compare")
+    return _report(subject, measured, chunk, dtype, notes)
+
+
+def _report(subject: Subject, measured: _Measured, chunk: int, dtype: torch.dtype, notes: list[str]) -> Report:
     findings: list[Finding] = []
     global_errors: dict[str, float] = {}
     loss_errors: dict[str, float] = {}
-    for check, (got, expected) in {"sweep": (in_chunks, in_one_graph), "step": (still, whole)}.items():
-        found, global_errors[check] = _compare(check, got[1], expected[1])
+    for check, (got, expected) in measured.items():
+        # one rounding of the loss: gradients this small are zero
+        rounding = torch.finfo(dtype).eps * abs(expected.loss)
+        found, global_errors[check] = compare(check, got.gradients, expected.gradients, dtype, rounding=rounding)
         findings += found
-        loss_errors[check] = abs(got[0] - expected[0]) / max(abs(expected[0]), 1e-300)
-    setting = f"{type(model).__name__}, chunks of {chunk} in {time} tokens, {str(dtype).removeprefix('torch.')}"
-    tolerance = _TOLERANCES.get(dtype, _TOLERANCE_NARROW)
-    return Report(tuple(findings), global_errors, loss_errors, tolerance, setting)
+        loss_errors[check] = abs(got.loss - expected.loss) / max(abs(expected.loss), 1e-300)
+    empty = [f.name for f in findings if f.check == "sweep" and f.norm != f.norm]
+    if empty:
+        notes = [*notes, f"nothing but NaN and infinities in both gradients of {listed(empty)}: not compared"]
+    time = max(next(iter(tree.tensors(one))).shape[1] for one, _ in sequences(subject))
+    setting = f"{type(subject.model).__name__}, chunks of {chunk} in {time} tokens, {short(subject.dtype)}"
+    return Report(tuple(findings), global_errors, loss_errors, tolerance_of(dtype), setting, tuple(notes))
 
 
-Gradients = dict[str, Tensor]
-
-
-def _swept(model: nn.Module, inputs: Any, targets: Any, options: Options) -> tuple[float, Gradients]:
-    with _seeded_like(model):
-        inputs, context = _fresh(inputs), _fresh(options.context)
+def _swept(subject: Subject, chunk: int, schedule: Schedule | None) -> Outcome:
+    """The sweep's loss and gradients; takes the gradients off the model."""
+    model, inputs, context = subject.model, fresh(subject.inputs), fresh(subject.context)
+    with seeded(SEED, device_of(model)):
         result = backward(
-            model, inputs, targets, context=context, chunk=options.chunk, schedule=options.schedule,
-            loss_fn=options.loss_fn,
-        )  # fmt: skip
-        return float(result.loss), _collect(model, inputs, context, result.initial_state_grad)
-
-
-def _in_one_graph(model: nn.Module, inputs: Any, targets: Any, options: Options) -> tuple[float, Gradients]:
-    """Plain backpropagation: the states handed on by ordinary autograd, nothing swept."""
-    with _seeded_like(model):
-        inputs, context = _fresh(inputs), _fresh(options.context)
-        call = Call(model, inputs, targets, options._replace(context=context))
-        losses: list[Tensor] = []
-        initial_states: list[Any] = []
-        for program in call.sequences:
-            with program.chunk_context(-1):
-                state = cast(Any, model).initial_state(program.batch)
-            initial_states.append(state)
-            for x in map(raw_tensor, tree.leaves(state)):
-                if x is not None and x.is_floating_point():
-                    (x.retain_grad if x.requires_grad else x.requires_grad_)()
-            for chunk in range(program.num_chunks):
-                with program.chunk_context(chunk):
-                    result = program.run(chunk, state)
-                losses.append(result.loss)
-                state = result.state
-        loss = torch.stack(losses).sum() * call.loss_grad.to(losses[0].dtype)
-        loss.backward()
-        gradients = tree.map_leaves(_gradient_of, initial_states)
-        return float(loss.detach()), _collect(model, inputs, context, gradients)
-
-
-def _gradient_of(leaf: Any) -> Tensor | None:
-    x = raw_tensor(leaf)
-    return None if x is None else x.grad
-
-
-def _collect(model: nn.Module, inputs: Any, context: Any, state_gradients: Any) -> Gradients:
-    """Every gradient by name; takes them off the model."""
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
+            model,
+            inputs,
+            subject.targets,
+            context=context,
+            chunk=chunk,
+            schedule=schedule,
+            loss_fn=subject.loss_fn or cross_entropy_sum,
+        )
+    gradients: Gradients = {"parameter": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+    for p in model.parameters():
+        p.grad = None
     for kind, given in (("input", inputs), ("context", context)):
-        for index, x in enumerate(tree.tensors(given)):
-            if x.grad is not None:
-                found[f"{kind} {index}"] = x.grad
-    for index, g in enumerate(tree.leaves(state_gradients)):
-        if isinstance(g, Tensor) and g.numel():
-            found[f"initial state {index}"] = g
-    return found
-
-
-def _compare(check: str, got: Gradients, expected: Gradients) -> tuple[list[Finding], float]:
-    names = sorted({*got, *expected})
-    zero = torch.zeros(())
-    pairs = {name: (got.get(name, zero), expected.get(name, zero)) for name in names}
-    differences = {name: float((g.double() - e.double()).norm()) for name, (g, e) in pairs.items()}
-    norms = {name: float(e.double().norm()) for name, (_, e) in pairs.items()}
-    total = sum(norm**2 for norm in norms.values()) ** 0.5
-    scale = {name: max(norm, _SMALL * total, 1e-300) for name, norm in norms.items()}
-    findings = [Finding(check, name, differences[name] / scale[name], norms[name]) for name in names]
-    return findings, sum(d**2 for d in differences.values()) ** 0.5 / max(total, 1e-300)
-
-
-def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    copied = copy.deepcopy(model).to(dtype)
-    copied.zero_grad(set_to_none=True)
-    return copied
-
-
-def _cast(inputs: Any, dtype: torch.dtype) -> Any:
-    return tree.map_tensors(lambda x: x.detach().to(dtype) if x.is_floating_point() else x, inputs)
-
-
-def _fresh(inputs: Any) -> Any:
-    """Leaves of their own, so that each run finds only its own gradients."""
-    return tree.map_tensors(lambda x: x.detach().requires_grad_() if x.is_floating_point() else x, inputs)
+        gradients[kind] = {f"{kind} {i}": x.grad for i, x in enumerate(tree.tensors(given)) if x.grad is not None}
+    names, leaves = tree.paths(result.initial_state_grad), tree.leaves(result.initial_state_grad)
+    gradients["initial state"] = {
+        f"initial state {name}": g for name, g in zip(names, leaves, strict=True) if isinstance(g, Tensor) and g.numel()
+    }
+    return Outcome(float(result.loss), gradients)
 
 
 @contextmanager
-def _seeded_like(model: nn.Module) -> Generator[None]:
-    first = next(model.parameters(), None)
-    with seeded(_SEED, torch.device("cpu") if first is None else first.device), torch.enable_grad():
+def _put_back(model: nn.Module) -> Generator[None]:
+    """Afterwards the model is as it was: attributes, modes, parameters, buffers and every `.grad`."""
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    registered = [
+        (table, dict(table))
+        for module in model.modules()
+        for table in cast("tuple[dict[str, Any], ...]", (module._parameters, module._buffers))  # pyright: ignore[reportPrivateUsage]
+    ]
+    tensors = {id(x): x for _, before in registered for x in before.values() if x is not None}.values()
+    values = [(x, x.detach().clone()) for x in tensors]
+    given = [(p, p.grad) for p in model.parameters()]
+    for p, _ in given:
+        p.grad = None
+    # such a hook may be an optimiser; PyTorch keeps the table itself, so it is emptied and not replaced
+    hooks = [(table, dict(table)) for p in model.parameters() if (table := cast(Any, p)._post_accumulate_grad_hooks)]
+    for table, _ in hooks:
+        table.clear()
+    try:
         yield
+    finally:
+        for table, before in (*attributes, *registered, *hooks):
+            table.clear()
+            table.update(before)
+        with torch.no_grad():
+            for x, value in values:
+                if not torch.equal(x, value):
+                    x.copy_(value)
+        for p, gradient in given:
+            p.grad = gradient
