@@ -17,6 +17,7 @@ from slimgrad.errors import ConsumedError, InputError
 from slimgrad.losses import count_targets
 from slimgrad.protocol import require_causal_model
 from slimgrad.sweep import tree
+from slimgrad.sweep.accumulator import kept_bytes
 from slimgrad.sweep.gather import Accumulate, Gather
 from slimgrad.sweep.random import derive_seed, draw_seed
 from slimgrad.sweep.run import Event, Run, refuse_nesting
@@ -175,7 +176,7 @@ class Call:
         if self._schedule is None:
             plain_bytes = sum(leaf.nbytes for leaf in tree.tensors(state))
             sums = [leaf for leaf in tree.leaves(state) if isinstance(leaf, PrefixSum)]
-            sum_bytes = sum(8 * leaf.shape.numel() for leaf in sums)
+            sum_bytes = sum(kept_bytes(leaf.shape, leaf.dtype) for leaf in sums)
             longest = max(one.num_chunks for one in self.sequences)
             self._schedule, reason = choose_schedule(plain_bytes, sum_bytes, longest)
             logger.info("schedule: %s", reason)

@@ -23,7 +23,7 @@ def bits(x: Tensor) -> list[int]:
 
 def standing(sums: Accumulator) -> tuple:
     """Everything that must be the same again: integers, quantum, value."""
-    return sums.data.tolist(), sums.snapshot().exponent, bits(sums.value())
+    return sums.data.tolist(), sums.exponents.tolist(), bits(sums.value())
 
 
 def exactly(sums: Accumulator) -> list[Fraction]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import weakref
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.autograd.function import FunctionCtx
 from slimgrad.errors import ModelError, NonFiniteError
 from slimgrad.sweep.accumulator import Accumulator, Snapshot, checksum
 from slimgrad.sweep.carriers.base import Carrier, Mode, Root, mismatch
+from slimgrad.sweep.compiled import not_traced
 from slimgrad.sweep.state import SPENT, PrefixSum
 from slimgrad.sweep.store import Handle, Store
 
@@ -30,10 +32,26 @@ class _Advance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         (g,) = grad_outputs
-        return g, g.to(cast(Any, ctx).delta_dtype), None
+        dtype = cast(torch.dtype, cast(Any, ctx).delta_dtype)
+        of_delta = g.real if g.is_complex() and not dtype.is_complex else g  # a real contribution to a complex sum
+        return g, of_delta.to(dtype), None
 
 
-class SumCarrier(Carrier[tuple[Handle, Snapshot]]):
+class _KeptScales:
+    """The quanta of kept copies, shared by those between which none of them changed."""
+
+    def __init__(self, handle: Handle, owner: Tensor) -> None:
+        self.handle, self.users = handle, 0
+        self.owner = weakref.ref(owner)  # what was copied: while it is alive, it is not copied again
+
+
+class _Kept(NamedTuple):
+    data: Handle
+    scales: _KeptScales
+    rest: Snapshot  # its tensors are empty
+
+
+class SumCarrier(Carrier[_Kept]):
     """Carries a `PrefixSum` in an exact accumulator."""
 
     def __init__(self, index: int, name: str, initial: PrefixSum, *, logs: bool) -> None:
@@ -49,12 +67,14 @@ class SumCarrier(Carrier[tuple[Handle, Snapshot]]):
         self._before: Tensor | None = None
         self._after: Tensor | None = None
         self._adjoint: Tensor | None = None
+        self._kept_scales: _KeptScales | None = None
 
     def _bind(self) -> PrefixSum:
         self._following = self._delta = self._before = self._after = None
         self._bound = PrefixSum(self.accumulator.value(), _link=self)
         return self._bound
 
+    @not_traced
     def advance(self, delta: Tensor) -> tuple[Tensor, PrefixSum]:
         """What `PrefixSum.advance` does within a sweep."""
         if self._before is not None and self._after is not None:
@@ -79,14 +99,16 @@ class SumCarrier(Carrier[tuple[Handle, Snapshot]]):
                 f"state {self.name}, chunk {self.chunk}: {error}; expected finite values. Look for an overflow in the "
                 "layer that owns this state (a learning rate too high, 16-bit features)"
             ) from None
-        if self.mode in (Mode.FROM_BEFORE, Mode.ROLL_BACK) and before.dtype.is_floating_point:
+        if self.mode in (Mode.FROM_BEFORE, Mode.ROLL_BACK) and (before.is_floating_point() or before.is_complex()):
             if not torch.is_grad_enabled():
                 raise ModelError(
                     f"state {self.name}: advance was called without gradients in the reverse sweep; expected them on. "
                     "Remove torch.no_grad, and use torch.utils.checkpoint with use_reentrant=False"
                 )
             before = before.detach().requires_grad_()
-        self._delta, self._before, self._after = delta.detach(), before, after
+        self._before, self._after = before, after
+        if self.logs and self.mode is Mode.FROM_BEFORE:
+            self._delta = delta.detach()  # to go back from the last chunk
         self._following = self._follow(before, delta, after)
         return before, self._following
 
@@ -110,22 +132,33 @@ class SumCarrier(Carrier[tuple[Handle, Snapshot]]):
     def settle(self) -> None:
         if self._before is not None:  # an untouched sum passes its adjoint through
             self._adjoint, self._before.grad = self._before.grad, None
-        if self._delta is not None and self.logs and self.mode is Mode.FROM_BEFORE:
-            self.accumulator.subtract(self._delta)  # the last chunk: from here on the sum rolls back
+        if self._delta is not None:
+            self.accumulator.subtract(self._delta)  # from here on the sum rolls back
         self._bound = self._following = self._delta = self._before = self._after = None
 
-    def keep(self, store: Store, *, rolls_back: bool) -> tuple[Handle, Snapshot] | None:
+    def keep(self, store: Store, *, rolls_back: bool) -> _Kept | None:
         if rolls_back:
             return None
-        snapshot = self.accumulator.snapshot()
-        return store.put(self.index, snapshot.data), snapshot._replace(data=snapshot.data.new_empty(0))
+        live = self.accumulator.snapshot()
+        if self._kept_scales is None or self._kept_scales.owner() is not live.scales:
+            self._kept_scales = _KeptScales(store.put(self.index, live.scales), live.scales)
+        self._kept_scales.users += 1
+        empty = live.data.new_empty(0)
+        return _Kept(store.put(self.index, live.data), self._kept_scales, live._replace(data=empty, scales=empty))
 
-    def load(self, store: Store, token: tuple[Handle, Snapshot]) -> None:
-        handle, snapshot = token
-        self.accumulator.restore(snapshot._replace(data=store.get(handle).clone()))
+    def load(self, store: Store, token: _Kept) -> None:
+        scales = token.scales.owner()
+        if scales is None:
+            scales = store.get(token.scales.handle).clone()
+        self.accumulator.restore(token.rest._replace(data=store.get(token.data).clone(), scales=scales))
 
-    def drop(self, store: Store, token: tuple[Handle, Snapshot]) -> None:
-        store.free(token[0])
+    def drop(self, store: Store, token: _Kept) -> None:
+        store.free(token.data)
+        token.scales.users -= 1
+        if token.scales.users == 0:
+            store.free(token.scales.handle)
+            if self._kept_scales is token.scales:
+                self._kept_scales = None
 
     def checksum(self) -> Tensor:
         return checksum(self.accumulator.data)
