@@ -141,7 +141,7 @@ def test_one_quantum_for_a_whole_sum(monkeypatch: pytest.MonkeyPatch) -> None:
         widen(self, coming.abs().max().expand_as(coming), *args, **kwargs)
 
     monkeypatch.setattr(Accumulator, "_widen", all_as_the_largest)
-    with pytest.raises(AssertionError, match="off by"):
+    with pytest.raises(AssertionError):
         contract.check(build["sums of all sizes"], chunk=CHUNK, schedule=sg.Rebuild())
 
 

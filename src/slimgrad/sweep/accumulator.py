@@ -5,12 +5,12 @@ features, 256 tokens a chunk: a relative error of 9.7e-7 after 64 chunks, 4.3e-5
 each element of a sum is kept as an int64 number of steps, multiples of a quantum of its own, a power of two.
 
 Every element begins with the finest quantum that its type can need, the smallest number above zero. Where an addition
-could take an element to 2^62 steps or beyond, its quantum is widened first, to 40 bits (float64: 52) under the larger
+could take an element to 2^62 steps or beyond, its quantum is widened first, to 40 bits (float64: 53) under the larger
 of what is there and what comes. A first contribution, growth and a jump are all the same to this. What the element was
 before (its quantum, and the steps that fall off the end) is logged, so that the way back restores it.
 
 An addition rounds by half a quantum at most, and a widening by half of the new one. So n additions leave an element off
-by no more than n * 2^-40 (float64: n * 2^-52) of the largest magnitude that its contributions and partial sums have
+by no more than n * 2^-39 (float64: n * 2^-52) of the largest magnitude that its contributions and partial sums have
 had, whatever is beside it in the tensor. A quantum does not become finer again: where large parts cancel, what comes
 later is held to the quantum of the large parts. Only a non-finite contribution is refused.
 
@@ -20,7 +20,7 @@ by which steps are multiplied apart. So no product overflows on its way, and flo
 
 Cost on the way forward: eight elementwise passes over the state per chunk, and one synchronisation. 10 bytes per
 element (float64: 16), and the log: for the first widening of all elements at once 2 bytes per element (8), and about 10
-(14) for each later one of an element, which is for each growth by 2^22 (2^10).
+(14) for each later one of an element, which is for each growth by 2^22 (2^9).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Format(NamedTuple):
 
 
 _NARROW = _Format(torch.float32, torch.bfloat16, 23, -149, 40, 127, 23, torch.int32)
-_WIDE = _Format(torch.float64, torch.float64, 51, -1074, 52, 1023, 52, torch.int64)
+_WIDE = _Format(torch.float64, torch.float64, 51, -1074, 53, 1023, 52, torch.int64)
 
 
 def _format(dtype: torch.dtype) -> _Format | None:
@@ -133,7 +133,7 @@ class Accumulator:
                 self._value = self._data.clone()
             else:
                 rounded = self._data.to(self._held.work).mul_(2.0**-self._held.factor)
-                rounded = rounded.div_(self._scales.to(self._held.work)).to(self.dtype.to_real())
+                rounded = rounded.div_(self._scales).to(self.dtype.to_real())
                 self._value = torch.view_as_complex(rounded) if self.dtype.is_complex else rounded
         return self._value
 
@@ -191,7 +191,7 @@ class Accumulator:
 
     def _steps(self, delta: Tensor, held: _Format) -> Tensor:
         """`delta` in quanta, rounded to the nearest integer."""
-        return (delta * self._scales.to(held.work)).mul_(2.0**held.factor).round_()
+        return (delta * self._scales).mul_(2.0**held.factor).round_()
 
     def _add_fixed(self, delta: Tensor, held: _Format, *, log: bool) -> None:
         if not delta.numel():
@@ -239,8 +239,7 @@ class Accumulator:
 
 def _largest(x: Tensor) -> float:
     """The largest magnitude; NaN where there is one. Synchronises."""
-    low, high = torch.aminmax(x)
-    return float(torch.maximum(high, -low))
+    return float(x.abs().max())
 
 
 def _exponent(scales: Tensor, held: _Format) -> Tensor:
