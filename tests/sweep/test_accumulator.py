@@ -12,6 +12,8 @@ from torch import Tensor
 
 from slimgrad import NonFiniteError, PrefixSum, StateMismatchError, backward
 from slimgrad.sweep.accumulator import Accumulator, checksum, kept_bytes
+from slimgrad.sweep.carriers import Mode, SumCarrier
+from slimgrad.sweep.store import Store
 from tests.toy_models import LinearAttention
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -486,3 +488,24 @@ def test_a_checksum_goes_on_over_its_pieces() -> None:
         y[place] = 1
         seen.add(int(checksum(y)))
     assert len(seen) == 5
+
+
+def test_kept_copies_share_the_quanta_that_did_not_change() -> None:
+    carrier, store = SumCarrier(0, "s", PrefixSum(torch.zeros(64)), logs=False), Store("device", 8)
+    tokens, held = [], []
+    for chunk, size in enumerate([1.0, 1.0, 1.0, 2.0**39, 1.0]):
+        carrier.bind(Mode.FORWARD, chunk)
+        carrier.advance(torch.full((64,), size))
+        carrier.settle()
+        tokens.append(carrier.keep(store, rolls_back=False))
+        held.append(carrier.nbytes)
+    assert held == [640, 640, 640, 640 + 128, 640 + 128]  # the live ones, and those of the first three copies
+    values = [1, 2, 3, 2**39 + 3, 2**39 + 4]
+    for token, value in zip(tokens, values, strict=True):
+        carrier.load(store, token)
+        assert exactly(carrier.accumulator) == [value] * 64
+    for token in tokens[:3]:
+        carrier.drop(store, token)
+    del tokens, token
+    carrier.load(store, carrier.keep(store, rolls_back=False))
+    assert carrier.nbytes == 640

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -37,22 +37,12 @@ class _Advance(torch.autograd.Function):
         return g, of_delta.to(dtype), None
 
 
-class _KeptScales:
-    """The quanta of kept copies, shared by those between which none of them changed."""
+class SumCarrier(Carrier[tuple[Handle, Snapshot]]):
+    """Carries a `PrefixSum` in an exact accumulator.
 
-    def __init__(self, handle: Handle, owner: Tensor) -> None:
-        self.handle, self.users = handle, 0
-        self.owner = weakref.ref(owner)  # what was copied: while it is alive, it is not copied again
-
-
-class _Kept(NamedTuple):
-    data: Handle
-    scales: _KeptScales
-    rest: Snapshot  # its tensors are empty
-
-
-class SumCarrier(Carrier[_Kept]):
-    """Carries a `PrefixSum` in an exact accumulator."""
+    A kept copy is the steps, in the store, and the quanta by reference: these are replaced when one of them widens,
+    which is seldom, so that copies share them.
+    """
 
     def __init__(self, index: int, name: str, initial: PrefixSum, *, logs: bool) -> None:
         super().__init__(index, name)
@@ -67,7 +57,7 @@ class SumCarrier(Carrier[_Kept]):
         self._before: Tensor | None = None
         self._after: Tensor | None = None
         self._adjoint: Tensor | None = None
-        self._kept_scales: _KeptScales | None = None
+        self._kept_scales: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # alive while a copy needs them
 
     def _bind(self) -> PrefixSum:
         self._following = self._delta = self._before = self._after = None
@@ -136,29 +126,19 @@ class SumCarrier(Carrier[_Kept]):
             self.accumulator.subtract(self._delta)  # from here on the sum rolls back
         self._bound = self._following = self._delta = self._before = self._after = None
 
-    def keep(self, store: Store, *, rolls_back: bool) -> _Kept | None:
+    def keep(self, store: Store, *, rolls_back: bool) -> tuple[Handle, Snapshot] | None:
         if rolls_back:
             return None
         live = self.accumulator.snapshot()
-        if self._kept_scales is None or self._kept_scales.owner() is not live.scales:
-            self._kept_scales = _KeptScales(store.put(self.index, live.scales), live.scales)
-        self._kept_scales.users += 1
-        empty = live.data.new_empty(0)
-        return _Kept(store.put(self.index, live.data), self._kept_scales, live._replace(data=empty, scales=empty))
+        self._kept_scales[id(live.scales)] = live.scales
+        return store.put(self.index, live.data), live._replace(data=live.data.new_empty(0))
 
-    def load(self, store: Store, token: _Kept) -> None:
-        scales = token.scales.owner()
-        if scales is None:
-            scales = store.get(token.scales.handle).clone()
-        self.accumulator.restore(token.rest._replace(data=store.get(token.data).clone(), scales=scales))
+    def load(self, store: Store, token: tuple[Handle, Snapshot]) -> None:
+        handle, snapshot = token
+        self.accumulator.restore(snapshot._replace(data=store.get(handle).clone()))
 
-    def drop(self, store: Store, token: _Kept) -> None:
-        store.free(token.data)
-        token.scales.users -= 1
-        if token.scales.users == 0:
-            store.free(token.scales.handle)
-            if self._kept_scales is token.scales:
-                self._kept_scales = None
+    def drop(self, store: Store, token: tuple[Handle, Snapshot]) -> None:
+        store.free(token[0])
 
     def checksum(self) -> Tensor:
         return checksum(self.accumulator.data)
@@ -178,4 +158,6 @@ class SumCarrier(Carrier[_Kept]):
 
     @property
     def nbytes(self) -> int:
-        return self.accumulator.nbytes + (0 if self._adjoint is None else self._adjoint.nbytes)
+        live = self.accumulator.snapshot().scales
+        kept = sum(scales.nbytes for scales in self._kept_scales.values() if scales is not live)
+        return self.accumulator.nbytes + kept + (0 if self._adjoint is None else self._adjoint.nbytes)
