@@ -120,16 +120,19 @@ class LinearAttention(nn.Module):
     Args:
         doublings: keys grow by this power of two with every token, and the sums with them.
         state_dtype: of the sums; None for that of the parameters.
+        halvings: each feature of the keys is smaller by this power of two than the one before it, and that of the
+            queries larger, which changes nothing but the sizes of the sums beside each other.
     """
 
     def __init__(
-        self, vocabulary: int = 13, width: int = 4, doublings: float = 0.0, state_dtype: torch.dtype | None = None
-    ) -> None:
+        self, vocabulary: int = 13, width: int = 4, doublings: float = 0.0, state_dtype: torch.dtype | None = None,
+        halvings: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         self.qkv = nn.Linear(width, 3 * width)
         self.head = nn.Linear(width, vocabulary)
-        self.width, self.doublings, self.state_dtype = width, doublings, state_dtype
+        self.width, self.doublings, self.state_dtype, self.halvings = width, doublings, state_dtype, halvings
 
     def initial_state(self, batch_size: int) -> dict[str, sg.PrefixSum]:
         zeros = self.head.weight.new_zeros(batch_size, self.width, self.width + 1, dtype=self.state_dtype)
@@ -150,6 +153,9 @@ class LinearAttention(nn.Module):
         x = self.embed(inputs)
         q, k, v = self.qkv(x).chunk(3, -1)
         q, k = F.elu(q) + 1, F.elu(k) + 1
+        if self.halvings:
+            small = torch.exp2(-self.halvings * torch.arange(self.width)).to(x.dtype)
+            q, k = q / small, k * small
         if self.doublings:
             gain = torch.exp2((before_position + torch.arange(time)).double() * self.doublings)
             k = k * gain[:, None].to(k.dtype)

@@ -16,12 +16,14 @@ from slimgrad.call import Call, LossFn, Normalizer, OnChunk, Options, Result, di
 from slimgrad.losses import cross_entropy_sum, token_cross_entropy
 from slimgrad.parallel import one_thread_at_a_time, refuse_unsynchronised
 from slimgrad.protocol import require_causal_model
+from slimgrad.sweep.compiled import not_traced
 from slimgrad.sweep.gather import Sink
 from slimgrad.sweep.schedule import Binomial, Schedule
 
 DEFAULT_CHUNK = 4096
 
 
+@not_traced
 def backward(
     model: nn.Module,
     inputs: Any,
@@ -99,6 +101,7 @@ def backward(
     return call.result(final_states, initial_grads)
 
 
+@not_traced
 def evaluate(
     model: nn.Module,
     inputs: Any,
@@ -124,6 +127,7 @@ def evaluate(
     return call.result(final_states, None)
 
 
+@not_traced
 def loss(
     model: nn.Module,
     inputs: Any,
@@ -148,6 +152,7 @@ def loss(
     return differentiable_losses(Call(model, inputs, targets, options, gathers=True))[0]
 
 
+@not_traced
 def token_loss(
     model: nn.Module,
     inputs: Any,
@@ -195,6 +200,7 @@ class Chunked(nn.Module):
         self.model = require_causal_model(model)
         self.chunk, self.schedule, self.loss_fn = chunk, schedule, loss_fn
 
+    @not_traced
     def forward(
         self,
         inputs: Any,

@@ -18,8 +18,9 @@ from slimgrad.losses import count_targets
 from slimgrad.parallel import one_thread_at_a_time
 from slimgrad.protocol import require_causal_model
 from slimgrad.sweep import tree
-from slimgrad.sweep.carriers.plain import version
+from slimgrad.sweep.accumulator import kept_bytes
 from slimgrad.sweep.carriers import Root
+from slimgrad.sweep.carriers.plain import version
 from slimgrad.sweep.gather import Gather, Sink
 from slimgrad.sweep.random import derive_seed, draw_seed
 from slimgrad.sweep.run import Event, Run, refuse_nesting
@@ -207,7 +208,7 @@ class Call:
         if self._schedule is None:
             plain_bytes = sum(leaf.nbytes for leaf in tree.tensors(state))
             sums = [leaf for leaf in tree.leaves(state) if isinstance(leaf, PrefixSum)]
-            sum_bytes = sum(8 * leaf.shape.numel() for leaf in sums)
+            sum_bytes = sum(kept_bytes(leaf.shape, leaf.dtype) for leaf in sums)
             longest = max(one.num_chunks for one in self.sequences)
             self._schedule, reason = choose_schedule(plain_bytes, sum_bytes, longest)
             logger.info("schedule: %s", reason)
@@ -225,12 +226,12 @@ class Call:
             )
 
     def refuse_gathered(self) -> None:
-        """Refuse a model that ran a backward pass of its own into its parameters, in a sweep that takes no gradients."""
+        """Refuse a model that ran a backward pass of its own into its parameters, on the way forward."""
         if self._gather is not None and not self._gather.is_empty:
             raise ModelError(
-                "a .backward() within forward added gradients to the model's parameters. Each chunk runs twice, so they "
-                "would be added twice; expected forward to leave .grad alone. Use torch.autograd.grad for gradients that "
-                "the model takes itself, or run that backward pass outside of it"
+                "a .backward() within forward added gradients to the model's parameters. Each chunk runs twice, so "
+                "they would be added twice; expected forward to leave .grad alone. Use torch.autograd.grad for "
+                "gradients that the model takes itself, or run that backward pass outside of it"
             )
 
     def takers(self) -> list[Tensor]:
@@ -329,7 +330,9 @@ class _ChunkedLoss(torch.autograd.Function):
             )
         _require_unchanged(context)
         started, called_with = cast("list[Started]", context.started), cast(CalledWith, context.called_with)
-        context.call = context.started = context.called_with = context.versions = None  # a loss that is kept holds nothing
+        context.call = context.started = context.called_with = context.versions = (
+            None  # a loss that is kept holds nothing
+        )
         initial_grads: list[Any] = []
         with one_thread_at_a_time(call.model), called_with.restored():
             for index, one in enumerate(started):

@@ -72,7 +72,13 @@ class SharedModel:
         self._seed = seed
         stand_ins = nullcontext() if self.gather is None else self.gather.swapped_into(self.model)
         # signals wait until the model is its own again; whoever insists, sends a second
-        with uninterrupted(second_passes=True), seeded(seed, self.device), eager_rules(), stand_ins, self._guard.watching():
+        with (
+            uninterrupted(second_passes=True),
+            seeded(seed, self.device),
+            eager_rules(),
+            stand_ins,
+            self._guard.watching(),
+        ):
             yield
 
     @contextmanager
@@ -103,8 +109,8 @@ class SharedModel:
                 self.gather.refuse_hooks()
         if before != [version(x) for x in tree.tensors(inputs)]:
             raise ModelError(
-                "the model modified its inputs in place; expected them left alone, since each chunk is read twice. Clone "
-                "them first: inputs = inputs.clone()"
+                "the model modified its inputs in place; expected them left alone, since each chunk is read twice. "
+                "Clone them first: inputs = inputs.clone()"
             )
         return result
 
@@ -142,17 +148,21 @@ class SharedModel:
         name = self.gather.name_of(leaf)
         if name is not None:
             raise ModelError(
-                f"{where}: parameter {name} was used, but not read from its module: a dict, a list or a closure holds it "
-                "beside. While a chunk runs, a module's parameters are stand-ins, so its gradient would be lost. Read "
-                "it from the module in forward (or refresh what holds it there)"
+                f"{where}: parameter {name} was used, but not read from its module: a dict, a list or a closure holds "
+                "it beside. While a chunk runs, a module's parameters are stand-ins, so its gradient would be lost. "
+                "Read it from the module in forward (or refresh what holds it there)"
             )
-        sharded = "" if not hasattr(leaf, "_is_flat_param") else (
-            " It is a flat parameter of FullyShardedDataParallel: shard with fully_shard(slimgrad.Chunked(model)) instead."
+        sharded = (
+            ""
+            if not hasattr(leaf, "_is_flat_param")
+            else (
+                " It is a flat parameter of FullyShardedDataParallel: use fully_shard(slimgrad.Chunked(model)) instead."
+            )
         )
         raise ModelError(
-            f"{where}: the loss depends on a tensor of shape {tuple(leaf.shape)} that requires gradients and is neither a "
-            "parameter of the model, nor an input, nor part of the state: its gradient would be lost. Make it a "
-            "parameter of the model (a loss with parameters is a method of the model), pass it as context, or detach "
+            f"{where}: the loss depends on a tensor of shape {tuple(leaf.shape)} that requires gradients and is "
+            "neither a parameter of the model, nor an input, nor part of the state: its gradient would be lost. Make it "
+            "a parameter of the model (a loss with parameters is a method of the model), pass it as context, or detach "
             f"it.{sharded}"
         )
 
@@ -260,9 +270,9 @@ class ChunkedSequence:
         self._check_loss(loss, chunk, outputs)
         if self.num_chunks > 1 and is_mean_over_time(loss, self.batch, self.span(chunk)):
             raise InputError(
-                "loss_fn returned the mean over its chunk; expected the sum, so that the chunks add up to the loss of the "
-                "whole, which slimgrad then divides by the number of targets (normalizer=). Use reduction='sum', or "
-                ".sum() in place of .mean()"
+                "loss_fn returned the mean over its chunk; expected the sum, so that the chunks add up to the loss of "
+                "the whole, which slimgrad then divides by the number of targets (normalizer=). Use reduction='sum', "
+                "or .sum() in place of .mean()"
             )
         return ChunkResult(loss, following, metrics, leaves)
 
@@ -372,4 +382,3 @@ def next_token_inputs(inputs: tree.Tree) -> Tensor:
 def sum_dtype(device: torch.device) -> torch.dtype:
     """What losses are added up in: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
-

@@ -42,7 +42,8 @@ def one_thread_at_a_time(model: nn.Module) -> Generator[None]:
             )
 
     # a compiled `call` would be compiled again for a hook
-    hook = None if model._compiled_call_impl is not None else model.register_forward_pre_hook(refuse_others)
+    compiled = model._compiled_call_impl is not None  # pyright: ignore[reportPrivateUsage]
+    hook = None if compiled else model.register_forward_pre_hook(refuse_others)
     try:
         yield
     finally:

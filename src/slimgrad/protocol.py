@@ -31,8 +31,8 @@ class CausalModel(Protocol):
 
 
 _SHARD = (
-    "A sharded layer replaces its parameters when it runs, and the gradient would miss their stand-ins. Shard around the "
-    "call instead: fully_shard(slimgrad.Chunked(model, ...)), without sharding the layers below it"
+    "A sharded layer replaces its parameters when it runs, and the gradient would miss their stand-ins. Shard around "
+    "the call instead: fully_shard(slimgrad.Chunked(model, ...)), without sharding the layers below it"
 )
 
 
@@ -44,7 +44,9 @@ def require_causal_model(model: object) -> nn.Module:
         if type(part).__module__.startswith("torch.distributed") and type(part).__name__ == "FullyShardedDataParallel":
             raise ModelError(f"expected the plain model, got one with FullyShardedDataParallel inside. {_SHARD}")
         if any(kind.__name__ == "FSDPModule" for kind in type(part).__mro__):
-            raise ModelError(f"expected the plain model, got one that is sharded by fully_shard, or a part of it. {_SHARD}")
+            raise ModelError(
+                f"expected the plain model, got one that is sharded by fully_shard, or a part of it. {_SHARD}"
+            )
         if any(isinstance(p, nn.parameter.UninitializedParameter) for p in part.parameters(recurse=False)):
             raise ModelError(
                 f"{type(part).__name__} has parameters without a shape yet; expected a model whose lazy layers have "

@@ -35,11 +35,11 @@ _ENTRIES = 1000  # of one container
 _BYTES = 1 << 20  # of one array
 _SAMPLE = 16  # elements of a weight
 _OWN = frozenset(vars(nn.Module())) - {"training"} | {"forward"}  # torch's own entries, and what `fused` sets
-_OPAQUE = (type, BuiltinFunctionType, ModuleType)
+_OPAQUE = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType)
 
 
 class Notes:
-    """What the modules below an object hold at one moment, and the functions of their classes reach.
+    """What the modules of a model and their classes hold at one moment.
 
     Tensors are noted by identity and version, plain values and generators by value, containers and objects entry by
     entry. What was noted by identity is held, so that no new object can take its place unseen.
@@ -72,7 +72,11 @@ class Notes:
         if isinstance(value, random.Random):
             return id(value), hash(value.getstate())
         if isinstance(value, GeneratorType):
-            return id(value), value.gi_frame and value.gi_frame.f_lasti, value.gi_frame and repr(value.gi_frame.f_locals)
+            return (
+                id(value),
+                value.gi_frame and value.gi_frame.f_lasti,
+                value.gi_frame and repr(value.gi_frame.f_locals),
+            )
         if isinstance(value, Iterator):
             return id(value), length_hint(cast("Iterator[Any]", value), -1), repr(value)
         if isinstance(value, _OPAQUE) or depth == 0 or id(value) in seen:
@@ -95,25 +99,8 @@ def _places(model: nn.Module) -> Iterator[tuple[Any, str, str, Any]]:
     for kind in kinds:
         if kind.__module__.partition(".")[0] not in ("torch", "builtins", "typing", "abc"):
             for name, value in vars(kind).items():
-                function = getattr(value, "__func__", value)
-                if isinstance(function, FunctionType):
-                    yield from _reached_by(function)
-                elif not name.startswith("__"):
+                if not (name.startswith("__") or callable(value)):
                     yield kind, name, f"{kind.__name__}.{name}", value
-
-
-def _reached_by(function: FunctionType) -> Iterator[tuple[Any, str, str, Any]]:
-    """What a function can change beside its arguments: its attributes, the variables it closes over, its globals."""
-    yield function, "attributes", function.__name__, vars(function)
-    code = function.__code__
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield function, name, name, cell.cell_contents
-        except ValueError:  # not bound yet
-            continue
-    for name in code.co_names:
-        if name in function.__globals__ and not isinstance(function.__globals__[name], FunctionType):
-            yield function.__globals__, name, f"{name} (a global)", function.__globals__[name]
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -140,12 +127,6 @@ def _parts(value: Any) -> Iterator[Any]:
     if isinstance(value, nn.Module):  # one that is no submodule, in a list
         yield from (part for _, part in attributes(value))
         return
-    if isinstance(value, MethodType):
-        yield value.__self__
-        value = value.__func__
-    if isinstance(value, FunctionType):
-        yield from (part for _, _, _, part in _reached_by(value))
-        return
     yield from getattr(value, "__dict__", {}).values()
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())
@@ -154,7 +135,7 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 class _Repeated:
-    """Takes the place of a sweep behind a state, for a chunk that is run twice: the sweep hears of the first run only."""
+    """Between a state and its sweep, for a chunk that is run twice: the sweep hears of the first run only."""
 
     def __init__(self, link: Any) -> None:
         self._link = link
@@ -210,7 +191,7 @@ class Watch:
         versions = [version(x) for x in leaves if isinstance(x, Tensor)]
         try:
             for leaf, link in zip(linked, repeated, strict=True):
-                leaf._link = link  # pyright: ignore[reportPrivateUsage]
+                cast(Any, leaf)._link = link
             result = call(tree.unflatten(leaves, spec))
             changed = Notes(self._model).changed_since(before)
             if versions != [version(x) for x in leaves if isinstance(x, Tensor)]:
@@ -227,7 +208,7 @@ class Watch:
                 self._run_again(changed, result, lambda: call(tree.unflatten(leaves, spec)), reseeded)
         finally:
             for leaf, link in zip(linked, links, strict=True):
-                leaf._link = link  # pyright: ignore[reportPrivateUsage]
+                cast(Any, leaf)._link = link
         if method == "advance":
             self._by_advance = set(changed)
         elif method == "forward" and not self._by_advance <= set(changed):
@@ -237,9 +218,7 @@ class Watch:
             )
         return result
 
-    def _run_again(
-        self, changed: list[str], result: Any, call: Callable[[], Any], reseeded: Callable[[], Any]
-    ) -> None:
+    def _run_again(self, changed: list[str], result: Any, call: Callable[[], Any], reseeded: Callable[[], Any]) -> None:
         try:
             with reseeded():
                 same = _same_bits(result, call())
@@ -249,9 +228,9 @@ class Watch:
             return
         shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise ModelError(
-            f"{type(self._model).__name__} changed attributes while a chunk ran ({shown}), and the same chunk gave other "
-            "results when it was run again. Each chunk runs twice, so the gradient would not be exact. Carry what must be "
-            "remembered in the state: begin with it in initial_state, and return it from forward"
+            f"{type(self._model).__name__} changed attributes while a chunk ran ({shown}), and the same chunk gave "
+            "other results when it was run again. Each chunk runs twice, so the gradient would not be exact. Carry "
+            "what must be remembered in the state: begin with it in initial_state, and return it from forward"
         )
 
 
@@ -337,14 +316,14 @@ class Guard:
 
 def _sample(p: Tensor) -> Any:
     """A few elements, as a string in which NaN equals itself."""
-    x = p.detach()
+    x = getattr(p.detach(), "_local_tensor", p.detach())  # a DTensor's own part
     while x.dim() > 1 and x.numel():
         x = x[-1]
     return str(x[:_SAMPLE].tolist()) if x.dim() == 1 else str(x.tolist())
 
 
 def _begins_with(present: Tensor | None, before: Tensor) -> bool:
-    """Whether a buffer was replaced by a larger one that begins with it: a table of positions, made for longer inputs."""
+    """Whether a buffer was replaced by a larger one that begins with it: a table of more positions."""
     if present is None or present.dim() != before.dim() or present.dtype != before.dtype:
         return False
     if any(now < then for now, then in zip(present.shape, before.shape, strict=True)):
@@ -354,7 +333,7 @@ def _begins_with(present: Tensor | None, before: Tensor) -> bool:
 
 
 class CalledWith:
-    """How a model was set when its loss was computed: plain attributes (modes among them), frozen weights, default dtype.
+    """How a model was set when its loss was computed: plain attributes, modes, frozen weights, default dtype.
 
     What a module holds beside is not restored; where it changed a loss, the loss is compared (see `witness`).
     """
@@ -429,6 +408,6 @@ def refuse_by_options(model: nn.Module, takes_gradient: Callable[[Tensor], bool]
 def counted_by_frequency(where: str) -> ModelError:
     """`scale_grad_by_freq` counts a token within the chunk, not within the sequence."""
     return ModelError(
-        f"{where}: scale_grad_by_freq divides a token's gradient by how often it occurs in the chunk, so the sum over the "
-        "chunks is not the gradient of the whole. Turn it off"
+        f"{where}: scale_grad_by_freq divides a token's gradient by how often it occurs in the chunk, so the sum over "
+        "the chunks is not the gradient of the whole. Turn it off"
     )

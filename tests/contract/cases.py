@@ -52,6 +52,7 @@ CASES: list[tuple[str, Callable[[], Built]]] = [
     ("all kinds", next_token(AllKinds)),
     ("linear attention", next_token(LinearAttention)),
     ("growing sums", next_token(lambda: LinearAttention(doublings=60 / LENGTH))),
+    ("sums of all sizes", next_token(lambda: LinearAttention(halvings=20))),
     ("signals", signals),
     ("gates in blocks", next_token(lambda: Gated(width=6, vocabulary=VOCABULARY))),
     ("window", next_token(lambda: Windowed(width=6, window=17))),

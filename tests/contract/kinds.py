@@ -10,6 +10,7 @@ import copy
 import re
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,11 @@ class Net(nn.Module):
 
     def __init__(self, vocabulary: int = 11, width: int = 8) -> None:
         super().__init__()
-        self.embed, self.mix, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, width), nn.Linear(width, vocabulary)
+        self.embed, self.mix, self.head = (
+            nn.Embedding(vocabulary, width),
+            nn.Linear(width, width),
+            nn.Linear(width, vocabulary),
+        )
         self.double()
 
     def initial_state(self, batch_size: int) -> Any:
@@ -65,8 +70,8 @@ def grads(model: nn.Module) -> Grads:
 
 
 def plain_loss(
-    model: nn.Module, targets: Tensor | None = None, *, loss_fn: Any = total, state: Any = None, chunk: int | None = None,
-    inputs: Any = TOKENS,
+    model: nn.Module, targets: Tensor | None = None, *, loss_fn: Any = total, state: Any = None,
+    chunk: int | None = None, inputs: Any = TOKENS,
 ) -> Tensor:  # fmt: skip
     """Plain PyTorch: one graph over the whole sequence, in one call or cut as slimgrad cuts it."""
     targets = explicit(inputs, targets)
@@ -94,9 +99,11 @@ def refused(message: str, call: Callable[[], Any]) -> bool:
     try:
         call()
     except sg.SlimgradError as error:
-        assert re.search(message, str(error)), f"refused, but: {error}"
-        return True
-    return False
+        said = str(error)
+    else:
+        return False
+    assert re.search(message, said), f"refused, but: {said}"
+    return True
 
 
 def right_or_refused(message: str, model: nn.Module, expected: Grads, call: Callable[[], Any]) -> None:
@@ -126,7 +133,7 @@ def both_ways(message: str | None, model: nn.Module, expected: Grads, *args: Any
 def unsigned_targets() -> None:
     """-100 wraps to 156 in uint8 and to 65,436 in uint16, which are tokens there."""
     for dtype, wrapped in ((torch.uint8, 156), (torch.uint16, 65_436)):
-        model = built(lambda: Net(11 if dtype == torch.uint16 else 256))
+        model = built(partial(Net, 11 if dtype == torch.uint16 else 256))
         targets = (TOKENS * 3).to(torch.int64)
         targets[0, ::4] = wrapped if dtype == torch.uint8 else 0
         loss_fn = lambda outputs, targets: total(outputs, targets.long() % outputs.shape[-1])  # noqa: E731
@@ -160,12 +167,14 @@ def a_foreign_tensor(where: str) -> None:
         return total(outputs, targets) * (outside.sum() / 8 if inside and where == "loss" else 1)
 
     for way in (
-        lambda: sg.backward(model, TOKENS, chunk=CHUNK, loss_fn=loss_fn),
-        lambda: sg.loss(model, TOKENS, chunk=CHUNK, loss_fn=loss_fn).backward(),
+        lambda model: sg.backward(model, TOKENS, chunk=CHUNK, loss_fn=loss_fn),
+        lambda model: sg.loss(model, TOKENS, chunk=CHUNK, loss_fn=loss_fn).backward(),
     ):
         model = built(Foreign)
         message = "the initial state" if where == "initial state" else r"chunk \d"
-        if not refused(rf"{message}: the loss depends on a tensor of shape \(8,\) that requires gradients", way):
+        if not refused(
+            rf"{message}: the loss depends on a tensor of shape \(8,\) that requires gradients", partial(way, model)
+        ):
             assert outside.grad is not None, "the gradient of the tensor from outside is lost"
         assert outside.grad is None
         assert all(p.grad is None for p in model.parameters())
@@ -309,7 +318,7 @@ def state_in_an_attribute(how: str) -> None:
 
 
 def attributes_that_nobody_reads() -> None:
-    """A counter, a kept activation, a weight made anew by a hook: written in each run and never read. Right as it is."""
+    """A counter, a kept activation, a weight made anew by a hook: written in each run, never read, right."""
 
     class Written(Net):
         def __init__(self) -> None:
@@ -354,7 +363,9 @@ def a_state_that_begins_as_none() -> None:
             return super().forward(tokens, super().initial_state(len(tokens)) if h is None else h)
 
     model = built(Cell)
-    both_ways(r"began as None and came back as a tensor \[2, 8\] in chunk 0.*Begin with zeros", model, plain_grads(model))
+    both_ways(
+        r"began as None and came back as a tensor \[2, 8\] in chunk 0.*Begin with zeros", model, plain_grads(model)
+    )
 
 
 def a_side_loss() -> None:
@@ -405,7 +416,8 @@ def a_parameter_written_on_the_way() -> None:
             return outputs, h
 
     for call in (sg.backward, sg.loss, sg.evaluate):
-        assert refused("parameters were written to while a chunk ran: mix.weight", lambda: call(built(Clipped), TOKENS, chunk=CHUNK))  # noqa: B023, E501
+        written = partial(call, built(Clipped), TOKENS, chunk=CHUNK)
+        assert refused("parameters were written to while a chunk ran: mix.weight", written)
 
 
 # --- how torch is asked to compute ---
@@ -437,9 +449,8 @@ def an_own_gradient_within_a_backward() -> None:
         def backward(ctx: Any, g: Tensor) -> Any:
             with torch.enable_grad():
                 x = ctx.saved_tensors[0].detach().requires_grad_()
-                return (*torch.autograd.grad(ctx.layer(x), (x, *ctx.weights), g)[:1], None) + torch.autograd.grad(
-                    ctx.layer(x), ctx.weights, g
-                )
+                of_x, *_ = torch.autograd.grad(ctx.layer(x), (x, *ctx.weights), g)
+                return of_x, None, *torch.autograd.grad(ctx.layer(x), ctx.weights, g)
 
     class Remade(Net):
         def forward(self, tokens: Tensor, h: Tensor) -> Any:
@@ -450,7 +461,7 @@ def an_own_gradient_within_a_backward() -> None:
 
 
 def backward_within_autocast() -> None:
-    """The backward pass runs outside of autocast: a float32 island stays one, whatever is on when backward is called."""
+    """The backward pass runs outside of autocast: a float32 island stays one, wherever backward is called."""
 
     class Island(Net):
         def forward(self, tokens: Tensor, h: Tensor) -> Any:

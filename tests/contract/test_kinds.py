@@ -91,7 +91,10 @@ KINDS: list[tuple[Callable[[], None], Patch | None]] = [
     (kinds.a_list_changed_between, replaced(witness.LossRecord, "check", lambda self, chunk, loss: None)),
     (kinds.a_weight_changed_unseen, replaced(witness.LossRecord, "check", lambda self, chunk, loss: None)),
     (kinds.a_frozen_weight_thawed_between, None),
-    *((partial(kinds.state_in_an_attribute, how), replaced(watch.Watch, "run", unwatched)) for how in ("number", "dict", "tensor")),
+    *(
+        (partial(kinds.state_in_an_attribute, how), replaced(watch.Watch, "run", unwatched))
+        for how in ("number", "dict", "tensor")
+    ),
     (kinds.attributes_that_nobody_reads, replaced(watch, "_same_bits", lambda first, second: False)),
     (kinds.state_in_an_object, anything_goes),
     (kinds.a_state_that_begins_as_none, None),
@@ -99,7 +102,10 @@ KINDS: list[tuple[Callable[[], None], Patch | None]] = [
     (kinds.a_backward_within_forward, replaced(call.Call, "refuse_gathered", lambda self: None)),
     (kinds.a_parameter_written_on_the_way, None),
     (kinds.other_weights_by_functional_call, fused_whatever_the_weight),
-    (kinds.an_own_gradient_within_a_backward, replaced(Gather, "is_own_backward", lambda self: self._graph_task is not None)),
+    (
+        kinds.an_own_gradient_within_a_backward,
+        replaced(Gather, "is_own_backward", lambda self: self._graph_task is not None),
+    ),
     (kinds.backward_within_autocast, None),
     (kinds.two_models_that_draw, replaced(random, "_turn", contextlib.nullcontext())),
     (kinds.a_second_sweep_on_a_model, replaced(api, "one_thread_at_a_time", untouched)),
@@ -117,7 +123,11 @@ def test_right_or_refused_by_name(check: Callable[[], None]) -> None:
     check()
 
 
-@pytest.mark.parametrize(("check", "mistake"), [pair for pair in KINDS if pair[1]], ids=lambda x: name_of(x) if x in [c for c, _ in KINDS] else "")
+@pytest.mark.parametrize(
+    ("check", "mistake"),
+    [pair for pair in KINDS if pair[1]],
+    ids=lambda x: name_of(x) if x in [c for c, _ in KINDS] else "",
+)
 def test_its_mistake_is_found(check: Callable[[], None], mistake: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
     mistake(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError, sg.SlimgradError)):

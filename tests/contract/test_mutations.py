@@ -107,7 +107,7 @@ def test_a_draw_not_replayed_and_the_bits_not_checked(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("schedule", [sg.Rebuild(), sg.Keep()], ids=["Rebuild", "Keep"])
 def test_an_accumulator_that_wraps(monkeypatch: pytest.MonkeyPatch, schedule: sg.Schedule) -> None:
     # integers that wrapped come back to the same bits: no checksum sees it, and Rebuild still equals Keep
-    monkeypatch.setattr(accumulator, "_LIMIT", 1 << 300)
+    monkeypatch.setattr(accumulator, "_LIMIT", 2.0**300)
     with pytest.raises(AssertionError):
         contract.check(build["growing sums"], chunk=CHUNK, schedule=schedule)
 
@@ -119,12 +119,49 @@ def test_a_widening_whose_bits_are_not_put_back(monkeypatch: pytest.MonkeyPatch)
         contract.check(build["growing sums"], chunk=CHUNK, schedule=sg.Rebuild())
 
 
+def test_fallen_steps_not_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quanta come back, the steps that a widening dropped do not."""
+    widen = Accumulator._widen
+
+    def forgetful(self: Accumulator, *args: Any, **kwargs: Any) -> None:
+        widen(self, *args, **kwargs)
+        if self._log:
+            self._log[-1] = self._log[-1]._replace(fallen=self._log[-1].fallen.new_zeros(1))
+
+    monkeypatch.setattr(Accumulator, "_widen", forgetful)
+    with pytest.raises(sg.StateMismatchError, match="other bits"):
+        contract.check(build["growing sums"], chunk=CHUNK, schedule=sg.Rebuild())
+
+
+def test_one_quantum_for_a_whole_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    # small elements vanish in both sweeps alike: no checksum sees it
+    widen = Accumulator._widen
+
+    def all_as_the_largest(self: Accumulator, coming: Tensor, *args: Any, **kwargs: Any) -> None:
+        widen(self, coming.abs().max().expand_as(coming), *args, **kwargs)
+
+    monkeypatch.setattr(Accumulator, "_widen", all_as_the_largest)
+    with pytest.raises(AssertionError):
+        contract.check(build["sums of all sizes"], chunk=CHUNK, schedule=sg.Rebuild())
+
+
+@pytest.mark.parametrize("schedule", [sg.Keep(), sg.Binomial(3)], ids=["Keep", "Binomial"])
+def test_quanta_not_kept_with_a_copy(monkeypatch: pytest.MonkeyPatch, schedule: sg.Schedule) -> None:
+    restore = Accumulator.restore
+    monkeypatch.setattr(
+        Accumulator, "restore", lambda self, snapshot: restore(self, snapshot._replace(scales=self._scales))
+    )
+    with pytest.raises((AssertionError, sg.StateMismatchError)):
+        contract.check(build["growing sums"], chunk=CHUNK, schedule=schedule)
+
+
 def test_a_sum_rolled_back_in_floats(monkeypatch: pytest.MonkeyPatch) -> None:
-    def subtract(self: Accumulator, delta: Tensor) -> None:
+    def subtract(self: Accumulator, delta: Tensor) -> bool:
         """(a + b) - b in float64, which is not a."""
-        quanta = delta.double() * 2.0**-self._exponent if delta.is_floating_point() else delta
+        quanta = delta.double() * 2.0 ** -self.exponents.double() if delta.is_floating_point() else delta
         self._data = (self._data.double() - quanta).to(self._data.dtype)
         self._num_adds, self._value = self._num_adds - 1, None
+        return True
 
     monkeypatch.setattr(Accumulator, "subtract", subtract)
     with pytest.raises(sg.StateMismatchError, match="other bits"):
@@ -169,7 +206,7 @@ def test_a_chunk_reversed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unmutated_code_passes_the_same_checks() -> None:
-    for name in ("gated", "cached", "all kinds", "linear attention", "growing sums", "signals"):
+    for name in ("gated", "cached", "all kinds", "linear attention", "growing sums", "sums of all sizes", "signals"):
         for way in ("backward", "loss"):
             contract.check(build[name], chunk=CHUNK, way=way)
     contract.check_carried(build["all kinds"], cuts=[58], chunks=[CHUNK, CHUNK])

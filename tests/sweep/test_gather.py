@@ -235,13 +235,15 @@ def test_a_sink_may_project_while_the_others_gather() -> None:
     sg.backward(model, TOKENS, chunk=7, sink={"head.weight": lambda g: small.add_(g @ projection)})
     found = collect(model, None, None)
     expected = {name: g for name, g in plain(model, TOKENS, None)[1].items() if not name.startswith("state")}
-    torch.testing.assert_close(small, expected.pop("head.weight") @ projection, rtol=1e-12, atol=1e-15)  # measured 2e-15
+    torch.testing.assert_close(
+        small, expected.pop("head.weight") @ projection, rtol=1e-12, atol=1e-15
+    )  # measured 2e-15
     error, name = worst_error(found, expected)
     assert error <= 1e-12, f"{name} is off by {error:.1e}"  # measured 4e-16
 
 
 def test_a_sink_of_no_parameter_is_refused() -> None:
-    with pytest.raises(sg.InputError, match="sink: expected names of trainable parameters, got heat.weight"):
+    with pytest.raises(sg.InputError, match=r"sink: expected names of trainable parameters, got heat\.weight"):
         sg.backward(GatedRecurrence(), TOKENS, chunk=7, sink={"heat.weight": print})
 
 

@@ -97,8 +97,8 @@ def test_a_nan_loss_does_not_pass() -> None:
 def test_a_nan_in_one_of_two_gradients_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     deliver = Call.deliver
 
-    def spoilt(call: Call) -> None:
-        deliver(call)
+    def spoilt(call: Call, initial_grads: Any) -> None:
+        deliver(call, initial_grads)
         call.model.head.weight.grad[0, 0] = float("nan")
 
     monkeypatch.setattr(Call, "deliver", spoilt)
@@ -291,8 +291,8 @@ def test_complex_parameters_states_and_inputs_are_compared_whole() -> None:
 def test_an_error_of_the_imaginary_part_alone_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     deliver = Call.deliver
 
-    def spoilt(call: Call) -> None:
-        deliver(call)
+    def spoilt(call: Call, initial_grads: Any) -> None:
+        deliver(call, initial_grads)
         call.model.rate.grad.imag.mul_(1.01)
 
     monkeypatch.setattr(Call, "deliver", spoilt)

@@ -16,7 +16,7 @@ def choose_schedule(plain_bytes: int, sum_bytes: int, num_chunks: int) -> tuple[
     Args:
         plain_bytes: bytes of the state's plain tensors. One that never changes is counted as if it did: that shows only
             while the sequence runs.
-        sum_bytes: bytes of its prefix sums as they are kept, 8 per element.
+        sum_bytes: bytes of its prefix sums as they are kept: see `accumulator.kept_bytes`.
         num_chunks: chunks in the sequence.
     """
     kept = plain_bytes * (num_chunks - 1)

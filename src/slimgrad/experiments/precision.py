@@ -201,10 +201,12 @@ class _Accumulated(_Subtracted):
         self.total = self._sum.value()
 
     def subtract(self, change: Tensor) -> float:
-        exponent = self._sum.snapshot().exponent or 0
         self._sum.subtract(change)
         self.total = self._sum.value()
-        return float(self._sum.data.double().norm()) * 2.0**exponent  # every bit of it, not the value that it rounds to
+        exactly = (
+            self._sum.data * 2.0 ** self._sum.exponents.double()
+        )  # every bit of it, not the value that it rounds to
+        return float(exactly.norm())
 
 
 _SUBTRACTED: dict[str, Callable[[Tensor], _Subtracted]] = {

@@ -4,8 +4,8 @@ Ordinary autograd makes a weight's gradient first and adds it afterwards: one mo
 over it, per chunk. A `Fused` takes the place of `forward` on such a layer while a chunk runs, so that its gradient is
 one `addmm_` (or `index_add_`) into the buffer. Without it a gradient of three layers of width 1,024 takes 9 % longer.
 
-It looks at each call whether that is safe, and else calls the layer's own forward, whose gradient takes the ordinary way
-into the same stand-in: see `is_fusable` and `_is_ordinary`.
+It looks at each call whether that is safe, and else calls the layer's own forward, whose gradient takes the ordinary
+way into the same stand-in: see `is_fusable` and `_is_ordinary`.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Fused:
     def __call__(self, input: Tensor) -> Tensor:
         weight, gather = self._parameters.get("weight"), self._gather()
         # functional_call puts another weight there, whose gradient somebody else wants
-        if gather is None or weight is not self._stand_in or not _is_ordinary(weight):
+        if gather is None or weight is not self._stand_in or not _is_ordinary(self._stand_in):
             return self._plain(input)
         weight = self._stand_in
         if not self._is_linear:
@@ -101,7 +101,7 @@ class Fused:
 
 
 def _is_ordinary(weight: Tensor) -> bool:
-    """Whether plain eager autograd is at work: no compiler, transform, mode or autocast that an own function would break."""
+    """Whether plain eager autograd is at work, without a compiler, transform, mode or autocast."""
     return (
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()

@@ -34,13 +34,13 @@ Sink = Callable[[Tensor], None]
 
 _TORCH_SAYS = {
     "backward through the graph a second time": (
-        "the graph of a chunk reaches into one that was gone through before: the model or loss_fn kept a tensor of another "
-        "chunk, or computes with one from outside. Expected a chunk's loss to come from its own inputs, its state and the "
-        "parameters. Detach what is kept, or carry it in the state"
+        "the graph of a chunk reaches into one that was gone through before: the model or loss_fn kept a tensor of "
+        "another chunk, or computes with one from outside. Expected a chunk's loss to come from its own inputs, its "
+        "state and the parameters. Detach what is kept, or carry it in the state"
     ),
     "use_reentrant=True": (
-        "torch.utils.checkpoint(use_reentrant=True) was used within forward; it cannot say which gradients it was asked "
-        "for. Use use_reentrant=False"
+        "torch.utils.checkpoint(use_reentrant=True) was used within forward; it cannot say which gradients it was "
+        "asked for. Use use_reentrant=False"
     ),
 }
 
@@ -110,8 +110,8 @@ class Gather:
             hooks = self._stand_ins[id(parameter)]._backward_hooks
             if hooks is not None and len(hooks) > 1:
                 raise SweepError(
-                    f"a hook was registered on parameter {name} within forward; it would run once for every chunk, and on "
-                    "a part of the gradient. Register it outside, once: it then gets the whole gradient"
+                    f"a hook was registered on parameter {name} within forward; it would run once for every chunk, and "
+                    "on a part of the gradient. Register it outside, once: it then gets the whole gradient"
                 )
 
     def name_of(self, x: Tensor) -> str | None:
@@ -119,16 +119,14 @@ class Gather:
         return next((name for name, parameter in self._parameters.items() if parameter is x), None)
 
     def is_inside(self, device: torch.device) -> bool:
-        """Whether a chunk runs on the stand-ins, and in this thread (on other devices autograd has threads of its own)."""
+        """Whether a chunk runs on the stand-ins, in this thread (on other devices autograd has its own)."""
         return self._thread is not None and (device.type != "cpu" or self._thread == threading.get_ident())
 
     def is_own_backward(self) -> bool:
         """Whether this is the chunk's own backward pass, and not one that the model runs on its way or inside it."""
         return self._graph_task is not None and self._graph_task == torch._C._current_graph_task_id()  # pyright: ignore
 
-    def backward(
-        self, tensors: Sequence[Tensor], cotangents: Sequence[Tensor], leaves: Sequence[GradientEdge]
-    ) -> None:
+    def backward(self, tensors: Sequence[Tensor], cotangents: Sequence[Tensor], leaves: Sequence[GradientEdge]) -> None:
         """Backpropagate from `tensors` into the stand-ins, and into `leaves`."""
 
         def note(_: Any) -> None:
@@ -151,8 +149,10 @@ class Gather:
             self._shares = [x for x in self._shares if not self._owns(x)]
 
     def _owns(self, leaf: Tensor) -> bool:
-        """Give a new buffer memory of its own. Autograd keeps whatever comes first: of `torch.stack([p, q])`, two views of
-        one tensor, and adding to the one in the next chunk would add to the other.
+        """Give a new buffer memory of its own.
+
+        Autograd keeps whatever comes first: of `torch.stack([p, q])`, two views of one tensor. Adding to the one in the
+        next chunk would add to the other.
         """
         if leaf.grad is None or leaf.grad.layout is not torch.strided:
             return False
@@ -259,7 +259,8 @@ class Gather:
 
     def adds_in_place(self, stand_in: Tensor) -> bool:
         """Whether the buffer has the parameter's own dtype, and no sink is wanted instead."""
-        return not stand_in._post_accumulate_grad_hooks and stand_in.dtype in (torch.float32, torch.float64)
+        hooks = stand_in._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
+        return not hooks and stand_in.dtype in (torch.float32, torch.float64)
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         """Takes each chunk's gradient off a stand-in that has a sink, or a wider buffer."""
@@ -281,7 +282,7 @@ class Gather:
 
 
 class _HandOver(torch.autograd.Function):
-    """Gives a leaf its gradient without anybody else holding it, so that autograd keeps the tensor and copies nothing."""
+    """Gives a leaf its gradient while nobody else holds it, so that autograd keeps it and copies nothing."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, parameter: Tensor, gradient: list[Tensor]) -> Tensor:
@@ -299,8 +300,8 @@ def refuse_escaped(gradient: Tensor | None) -> None:
         raise SweepError(
             "a backward pass reached into a chunk of a sweep from outside: through a tensor that a module kept while "
             "the chunk ran (a side loss, a regulariser, an activation), or from another thread. Its gradient would be "
-            "lost. Return such a tensor among the outputs of forward and add it in loss_fn; run one thread at a time on "
-            "a model"
+            "lost. Return such a tensor among the outputs of forward and add it in loss_fn; run one thread at a time "
+            "on a model"
         )
 
 
@@ -314,7 +315,7 @@ def _only_inside(owner: weakref.ref[Gather]) -> Callable[[Tensor | None], None]:
 
 
 def _refresh_flat_weights(rnn: nn.RNNBase) -> None:
-    """torch's recurrent layers hold their parameters in a second list, and notice where it is out of date: it follows."""
+    """torch's recurrent layers hold their parameters in a second list, which must follow the swap."""
     module = cast(Any, rnn)
     module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
     module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in module._flat_weights]

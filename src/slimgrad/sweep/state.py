@@ -66,18 +66,32 @@ class _Spent:
 SPENT = _Spent()
 
 
+def _refuse_half_a_number(call: str, x: Tensor, dtype: torch.dtype) -> None:
+    if x.is_complex() and not dtype.is_complex:
+        raise ModelError(
+            f"{call} was given {x.dtype} for a state of {dtype}, which would drop the imaginary part. "
+            f"Begin with a state of {x.dtype}, or pass x.real"
+        )
+
+
 class PrefixSum:
     """A running sum over time: the state of linear attention, and of anything that only ever adds.
 
     `before, following = state.advance(delta)` gives the sum before the chunk (a tensor) and the state after it.
 
     Args:
-        value: the sum so far, any shape and dtype, usually zeros. Integer sums are exact counters (positions).
+        value: the sum so far, any shape, of floating, complex or integer numbers, usually zeros. Integer sums are exact
+            counters (positions). Booleans are refused: their sum is an "or", which cannot be subtracted.
     """
 
     __slots__ = ("_link", "_value")
 
     def __init__(self, value: Tensor, *, _link: SumLink | None = None) -> None:
+        if value.dtype == torch.bool:
+            raise ModelError(
+                'PrefixSum expects numbers, got torch.bool: a sum of booleans is an "or", which cannot be subtracted '
+                "again. Sum integers (PrefixSum of torch.int64 zeros; booleans may be added to it) and ask for > 0"
+            )
         self._value = value
         self._link = _link
 
@@ -90,6 +104,7 @@ class PrefixSum:
         Returns:
             The sum before the chunk, and the state that follows. Gradients flow through both.
         """
+        _refuse_half_a_number("PrefixSum.advance", delta, self._value.dtype)
         if delta.shape != self._value.shape:
             delta = delta.expand(self._value.shape)
         if self._link is not None:
@@ -158,6 +173,7 @@ class Growing:
                 f"Growing.append expects rows [batch, new, ...] that match {list(expected)} except along axis 1, "
                 f"got {list(got)}"
             )
+        _refuse_half_a_number("Growing.append", rows, self._value.dtype)
         if self._link is not None:
             return self._link.append(rows)
         value = torch.cat([self._value, rows.to(self._value.dtype)], dim=1)

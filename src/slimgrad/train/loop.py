@@ -26,6 +26,7 @@ from slimgrad.errors import NonFiniteError, StorageError
 from slimgrad.losses import cross_entropy_sum, is_counted
 from slimgrad.models.performer import Performer
 from slimgrad.sweep import tree
+from slimgrad.sweep.accumulator import kept_bytes
 from slimgrad.sweep.random import derive_seed, seeded
 from slimgrad.sweep.schedule import Schedule
 from slimgrad.sweep.state import PrefixSum
@@ -74,7 +75,7 @@ def plan_schedule(config: TrainConfig, model: Performer) -> tuple[Schedule, str]
         return named, f"{named}, as asked for"
     state = model.initial_state(config.batch)
     plain_bytes = sum(leaf.nbytes for leaf in tree.tensors(state))
-    sum_bytes = sum(8 * leaf.shape.numel() for leaf in tree.leaves(state) if isinstance(leaf, PrefixSum))
+    sum_bytes = sum(kept_bytes(leaf.shape, leaf.dtype) for leaf in tree.leaves(state) if isinstance(leaf, PrefixSum))
     return choose_schedule(plain_bytes, sum_bytes, math.ceil(config.length / config.chunk))
 
 

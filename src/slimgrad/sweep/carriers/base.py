@@ -98,7 +98,7 @@ class Carrier(ABC, Generic[Token]):
     def drop(self, store: Store, token: Token) -> None:
         """Forget `token`."""
 
-    def checksum(self) -> Tensor | None:
+    def checksum(self) -> Tensor | int | None:
         """64 bits of the state after chunk `checked_chunk`; None where the carrier compares whole rows itself."""
         return None
 

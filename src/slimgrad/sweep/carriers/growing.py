@@ -11,6 +11,7 @@ from torch.autograd.function import FunctionCtx
 
 from slimgrad.errors import ModelError
 from slimgrad.sweep.carriers.base import Carrier, Root, mismatch
+from slimgrad.sweep.compiled import not_traced
 from slimgrad.sweep.gather import refuse_escaped
 from slimgrad.sweep.state import SPENT, Growing
 from slimgrad.sweep.store import Store
@@ -73,7 +74,7 @@ class GrowingCarrier(Carrier[int]):
     def add_gradient(self, g: Tensor) -> None:
         """Add to the adjoint of the first rows."""
         if self._gradient is None:
-            wide = torch.float32 if g.dtype in (torch.bfloat16, torch.float16) else g.dtype
+            wide = torch.promote_types(g.dtype, torch.float32)
             shape = (self._buffer.shape[0], self._written, *self._buffer.shape[2:])
             self._gradient = torch.zeros(shape, dtype=wide, device=g.device)
         self._gradient[:, : g.shape[1]] += g
@@ -86,6 +87,7 @@ class GrowingCarrier(Carrier[int]):
         self._bound = Growing(self._buffer[:, :0], _link=self)
         return self._bound
 
+    @not_traced
     def append(self, rows: Tensor) -> tuple[Tensor, Growing]:
         """What `Growing.append` does within a sweep."""
         if self._rows is not None and not self.in_backward:
@@ -97,9 +99,10 @@ class GrowingCarrier(Carrier[int]):
         if not self.in_backward:
             self._length = stop
             self._write(rows.detach(), start, stop)
-        if rows.is_floating_point():
+        differentiable = rows.is_floating_point() or rows.is_complex()
+        if differentiable:
             self.require_grad_mode("append")
-        if not torch.is_grad_enabled() or not rows.is_floating_point():
+        if not (torch.is_grad_enabled() and differentiable):
             rows, all_rows = rows.detach(), self.prefix(stop)
         else:
             if self._anchor is None:
@@ -168,5 +171,6 @@ class GrowingCarrier(Carrier[int]):
 
 def _bits(x: Tensor) -> Tensor:
     """The tensor's bits as integers, so that NaN equals itself and -0 differs from 0."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return x.view(integers[x.element_size()]) if not x.is_complex() else torch.view_as_real(x)
+    if x.is_complex():
+        x = torch.view_as_real(x.resolve_conj())
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.autograd.function import FunctionCtx
 from slimgrad.errors import ModelError, NonFiniteError
 from slimgrad.sweep.accumulator import Accumulator, Snapshot, checksum
 from slimgrad.sweep.carriers.base import Carrier, Mode, Root, mismatch
+from slimgrad.sweep.compiled import not_traced
 from slimgrad.sweep.state import SPENT, PrefixSum
 from slimgrad.sweep.store import Handle, Store
 
@@ -30,11 +32,17 @@ class _Advance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         (g,) = grad_outputs
-        return g, g.to(cast(Any, ctx).delta_dtype), None
+        dtype = cast(torch.dtype, cast(Any, ctx).delta_dtype)
+        of_delta = g.real if g.is_complex() and not dtype.is_complex else g  # a real contribution to a complex sum
+        return g, of_delta.to(dtype), None
 
 
 class SumCarrier(Carrier[tuple[Handle, Snapshot]]):
-    """Carries a `PrefixSum` in an exact accumulator."""
+    """Carries a `PrefixSum` in an exact accumulator.
+
+    A kept copy is the steps, in the store, and the quanta by reference: these are replaced when one of them widens,
+    which is seldom, so that copies share them.
+    """
 
     def __init__(self, index: int, name: str, initial: PrefixSum, *, logs: bool) -> None:
         super().__init__(index, name)
@@ -49,12 +57,14 @@ class SumCarrier(Carrier[tuple[Handle, Snapshot]]):
         self._before: Tensor | None = None
         self._after: Tensor | None = None
         self._adjoint: Tensor | None = None
+        self._kept_scales: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # alive while a copy needs them
 
     def _bind(self) -> PrefixSum:
         self._following = self._delta = self._before = self._after = None
         self._bound = PrefixSum(self.accumulator.value(), _link=self)
         return self._bound
 
+    @not_traced
     def advance(self, delta: Tensor) -> tuple[Tensor, PrefixSum]:
         """What `PrefixSum.advance` does within a sweep."""
         if self._before is not None and self._after is not None:
@@ -79,10 +89,12 @@ class SumCarrier(Carrier[tuple[Handle, Snapshot]]):
                 f"state {self.name}, chunk {self.chunk}: {error}; expected finite values. Look for an overflow in the "
                 "layer that owns this state (a learning rate too high, 16-bit features)"
             ) from None
-        if before.dtype.is_floating_point:
+        if before.is_floating_point() or before.is_complex():
             self.require_grad_mode("advance")
             before = before.detach().requires_grad_(torch.is_grad_enabled())  # in both sweeps: kernels depend on it
-        self._delta, self._before, self._after = delta.detach(), before, after
+        self._before, self._after = before, after
+        if self.logs and self.mode is Mode.FROM_BEFORE:
+            self._delta = delta.detach()  # to go back from the last chunk
         self._following = self._follow(before, delta, after)
         return before, self._following
 
@@ -106,15 +118,16 @@ class SumCarrier(Carrier[tuple[Handle, Snapshot]]):
     def settle(self) -> None:
         if self._before is not None and self.reverses:  # an untouched sum passes its adjoint through
             self._adjoint, self._before.grad = self._before.grad, None
-        if self._delta is not None and self.logs and self.mode is Mode.FROM_BEFORE:
-            self.accumulator.subtract(self._delta)  # the last chunk: from here on the sum rolls back
+        if self._delta is not None:
+            self.accumulator.subtract(self._delta)  # from here on the sum rolls back
         self._bound = self._following = self._delta = self._before = self._after = None
 
     def keep(self, store: Store, *, rolls_back: bool) -> tuple[Handle, Snapshot] | None:
         if rolls_back:
             return None
-        snapshot = self.accumulator.snapshot()
-        return store.put(self.index, snapshot.data), snapshot._replace(data=snapshot.data.new_empty(0))
+        live = self.accumulator.snapshot()
+        self._kept_scales[id(live.scales)] = live.scales
+        return store.put(self.index, live.data), live._replace(data=live.data.new_empty(0))
 
     def load(self, store: Store, token: tuple[Handle, Snapshot]) -> None:
         handle, snapshot = token
@@ -141,4 +154,6 @@ class SumCarrier(Carrier[tuple[Handle, Snapshot]]):
 
     @property
     def nbytes(self) -> int:
-        return self.accumulator.nbytes + (0 if self._adjoint is None else self._adjoint.nbytes)
+        live = self.accumulator.snapshot().scales
+        kept = sum(scales.nbytes for scales in self._kept_scales.values() if scales is not live)
+        return self.accumulator.nbytes + kept + (0 if self._adjoint is None else self._adjoint.nbytes)
