@@ -268,6 +268,7 @@ class Guard:
             if buffer is not None
         ]
         self._parameters = [(name, p) for name, p in model.named_parameters() if id(p) not in renormalised]
+        self._samples: list[Tensor] = []
 
     @contextmanager
     def watching(self, *, first: bool = False) -> Generator[None]:
@@ -309,17 +310,31 @@ class Guard:
             )
 
     def _weights(self, sampled: bool) -> list[Any]:
+        versions = [version(p) for _, p in self._parameters]
         if not sampled:
-            return [version(p) for _, p in self._parameters]
-        return [(version(p), _sample(p)) for _, p in self._parameters]
+            return versions
+        if not self._samples:
+            self._samples = [_sample(p) for _, p in self._parameters]
+        return list(zip(versions, [str(x) for x in _lists(self._samples)], strict=True))  # as text NaN equals itself
 
 
-def _sample(p: Tensor) -> Any:
-    """A few elements, as a string in which NaN equals itself."""
+def _sample(p: Tensor) -> Tensor:
+    """A few elements, as a view."""
     x = getattr(p.detach(), "_local_tensor", p.detach())  # a DTensor's own part
     while x.dim() > 1 and x.numel():
         x = x[-1]
-    return str(x[:_SAMPLE].tolist()) if x.dim() == 1 else str(x.tolist())
+    return x.reshape(-1)[:_SAMPLE]
+
+
+def _lists(samples: list[Tensor]) -> list[list[Any]]:
+    """The elements of each, those of one kind fetched together."""
+    found: list[list[Any]] = [[] for _ in samples]
+    for kind in {(x.dtype, x.device) for x in samples}:
+        places = [i for i, x in enumerate(samples) if (x.dtype, x.device) == kind]
+        values = torch.cat([samples[i] for i in places]).tolist()
+        for i in places:
+            found[i], values = values[: samples[i].numel()], values[samples[i].numel() :]
+    return found
 
 
 def _begins_with(present: Tensor | None, before: Tensor) -> bool:
