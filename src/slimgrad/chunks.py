@@ -161,9 +161,9 @@ class SharedModel:
         )
         raise ModelError(
             f"{where}: the loss depends on a tensor of shape {tuple(leaf.shape)} that requires gradients and is "
-            "neither a parameter of the model, nor an input, nor part of the state: its gradient would be lost. Make it "
-            "a parameter of the model (a loss with parameters is a method of the model), pass it as context, or detach "
-            f"it.{sharded}"
+            "neither a parameter of the model, nor an input, nor part of the state: its gradient would be lost. Make "
+            "it a parameter of the model (a loss with parameters is a method of the model), pass it as context, or "
+            f"detach it.{sharded}"
         )
 
 

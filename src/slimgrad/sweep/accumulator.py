@@ -292,10 +292,11 @@ def checksum(x: Tensor) -> Tensor:
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     bits = x.detach().contiguous().view(-1).view(integers)
     total = torch.zeros((), dtype=torch.int64, device=x.device)
-    for start, piece in enumerate(bits.split(_CHECKSUM_PIECE)):
-        weights = torch.arange(piece.numel(), device=x.device).mul_(2).add_(2 * start * _CHECKSUM_PIECE + 1)
-        if x.element_size() == 8:
-            piece = piece ^ ((piece >> 32) & 0xFFFFFFFF)  # a bijection: the shift must not bring the sign in
+    for start in range(0, bits.numel(), _CHECKSUM_PIECE):
+        piece = bits[start : start + _CHECKSUM_PIECE]
+        weights = torch.arange(2 * start + 1, 2 * (start + piece.numel()) + 1, 2, device=x.device)
+        if x.element_size() == 8:  # a bijection: the shift must not bring the sign in
+            piece = (piece >> 32).bitwise_and_(0xFFFFFFFF).bitwise_xor_(piece)
         total += weights.mul_(piece).sum()
     return total
 
