@@ -3,8 +3,8 @@
     python -m benchmarks.checks             # about two minutes; writes results/checks.json
 
 `search` is the walk through each chunk's graph for leaves that nobody gathers, `notes` the looks at the modules'
-attributes, `guard` the versions of weights and buffers, `bits` the checksums of states. Processor seconds, counted inside
-the very call, the clock's own cost included.
+attributes, `guard` the versions of weights and buffers, `bits` the checksums of states. Processor seconds, counted
+within the call itself, with the clock's own cost.
 """
 
 from __future__ import annotations

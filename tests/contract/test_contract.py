@@ -123,8 +123,8 @@ def test_as_good_as_plain_in_narrow_types(
         got = contract.chunked("backward", model, inputs, targets, chunk=chunk, schedule=schedule)[1]
         # Both errors are rounding noise of the same size, so either may be the larger: chunked over plain was measured
         # between 0.58 and 1.61 in float32 (where plain is off by 1e-7 to 5e-7) and between 0.99 and 1.18 in bfloat16
-        # (2e-3 to 2e-2). At most twice, then. A bfloat16 model whose sums have all sizes rounds once more at each chunk's
-        # edge, whoever carries its state: there chunked over plain was 0.89 to 2.58, and over Algorithm 1 with the same
-        # chunks 0.32 to 1.34 (six draws of the weights).
+        # (2e-3 to 2e-2). At most twice, then. A bfloat16 model whose sums have all sizes rounds once more at each
+        # chunk's edge, whoever carries its state: there chunked over plain was 0.89 to 2.58, and over Algorithm 1 with
+        # the same chunks 0.32 to 1.34 (six draws of the weights).
         same_cut = contract.global_error(contract.specified(model, inputs, targets, chunk=chunk)[1], truth)
         assert contract.global_error(got, truth) <= 2 * max(plain, same_cut)
