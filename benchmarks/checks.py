@@ -21,7 +21,7 @@ from torch import nn
 import slimgrad as sg
 from benchmarks.compiled import GatedLoop
 from benchmarks.measure import save
-from slimgrad import chunks, watch
+from slimgrad import chunks, guard, watch
 from slimgrad.models import Performer, PerformerConfig
 from slimgrad.sweep.carriers import Carrier, SumCarrier, TensorCarrier
 
@@ -64,7 +64,7 @@ def main() -> None:
     clock = Clock()
     clock.around(chunks, "find_strangers", "search")
     clock.around(watch.Notes, "__init__", "notes")
-    clock.around(watch.Guard, "_weights", "guard")
+    clock.around(guard.Guard, "_weights", "guard")
     kinds: list[type[Carrier[Any]]] = [SumCarrier, TensorCarrier]
     for kind in kinds:
         clock.around(kind, "checksum", "bits")

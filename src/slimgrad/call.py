@@ -14,6 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from slimgrad.budget import choose_schedule
 from slimgrad.chunks import ChunkedSequence, LossFn, SharedModel, sum_dtype
 from slimgrad.errors import ConsumedError, InputError, ModelError
+from slimgrad.guard import CalledWith
 from slimgrad.losses import count_targets
 from slimgrad.parallel import one_thread_at_a_time
 from slimgrad.protocol import require_causal_model
@@ -26,7 +27,6 @@ from slimgrad.sweep.random import derive_seed, draw_seed
 from slimgrad.sweep.run import Event, Run, refuse_nesting
 from slimgrad.sweep.schedule import Schedule
 from slimgrad.sweep.state import Growing, PrefixSum
-from slimgrad.watch import CalledWith
 
 logger = logging.getLogger("slimgrad")
 INITIAL = "the initial state"

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils import parametrize
 
 from slimgrad.errors import InputError, ModelError
+from slimgrad.guard import Guard, counted_by_frequency, refuse_by_options
 from slimgrad.losses import IGNORED, is_mean_over_time
 from slimgrad.sweep import tree
 from slimgrad.sweep.carriers import Root
@@ -27,7 +28,7 @@ from slimgrad.sweep.graph import find_strangers
 from slimgrad.sweep.interrupt import uninterrupted
 from slimgrad.sweep.random import derive_seed, seeded
 from slimgrad.sweep.run import ChunkResult
-from slimgrad.watch import Guard, Watch, counted_by_frequency, refuse_by_options
+from slimgrad.watch import Watch
 
 LossFn = Callable[[Any, Any], "Tensor | dict[str, Tensor]"]
 
@@ -152,18 +153,14 @@ class SharedModel:
                 "it beside. While a chunk runs, a module's parameters are stand-ins, so its gradient would be lost. "
                 "Read it from the module in forward (or refresh what holds it there)"
             )
-        sharded = (
-            ""
-            if not hasattr(leaf, "_is_flat_param")
-            else (
-                " It is a flat parameter of FullyShardedDataParallel: use fully_shard(slimgrad.Chunked(model)) instead."
-            )
-        )
+        sharded = ""
+        if hasattr(leaf, "_is_flat_param"):
+            sharded = ". It is FullyShardedDataParallel's: use fully_shard(slimgrad.Chunked(model)) instead"
         raise ModelError(
             f"{where}: the loss depends on a tensor of shape {tuple(leaf.shape)} that requires gradients and is "
             "neither a parameter of the model, nor an input, nor part of the state: its gradient would be lost. Make "
             "it a parameter of the model (a loss with parameters is a method of the model), pass it as context, or "
-            f"detach it.{sharded}"
+            f"detach it{sharded}"
         )
 
 

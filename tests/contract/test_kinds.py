@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import slimgrad as sg
-from slimgrad import api, call, chunks, losses, watch
+from slimgrad import api, call, chunks, guard, losses, watch
 from slimgrad.sweep import gather, random, witness
 from slimgrad.sweep.carriers import plain
 from slimgrad.sweep.fused import Fused
@@ -86,8 +86,8 @@ KINDS: list[tuple[Callable[[], None], Patch | None]] = [
     (kinds.targets_that_require_gradients, None),
     (kinds.a_given_state_with_a_graph, replaced(call.Call, "deliver", lambda self, grads: self._gather.deliver())),
     (kinds.counts_within_the_chunk, no_counts),
-    (kinds.a_mode_changed_between, replaced(watch.CalledWith, "restored", untouched)),
-    (kinds.an_attribute_changed_between, replaced(watch.CalledWith, "restored", untouched)),
+    (kinds.a_mode_changed_between, replaced(guard.CalledWith, "restored", untouched)),
+    (kinds.an_attribute_changed_between, replaced(guard.CalledWith, "restored", untouched)),
     (kinds.a_list_changed_between, replaced(witness.LossRecord, "check", lambda self, chunk, loss: None)),
     (kinds.a_weight_changed_unseen, replaced(witness.LossRecord, "check", lambda self, chunk, loss: None)),
     (kinds.a_frozen_weight_thawed_between, None),
