@@ -7,6 +7,7 @@ losses added up and the inputs' gradients written down.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
@@ -76,7 +77,7 @@ class SharedModel:
         with (
             uninterrupted(second_passes=True),
             seeded(seed, self.device),
-            eager_rules(),
+            caches_aside(),
             stand_ins,
             self._guard.watching(),
         ):
@@ -165,7 +166,7 @@ class SharedModel:
 
 
 @contextmanager
-def eager_rules() -> Generator[None]:
+def caches_aside() -> Generator[None]:
     """Two caches of torch's that outlive a chunk, set aside: parametrised weights, and shapes that became dynamic.
 
     A compiled chunk must run one graph in both sweeps; torch.compile would replace it by one for any length as soon as
@@ -175,7 +176,12 @@ def eager_rules() -> Generator[None]:
     parametrize._cache_enabled, parametrize._cache = 0, {}  # pyright: ignore[reportPrivateUsage]
     dynamo = sys.modules.get("torch._dynamo")
     try:
-        with nullcontext() if dynamo is None else dynamo.config.patch(automatic_dynamic_shapes=False):
+        if dynamo is None:
+            yield
+            return
+        with dynamo.config.patch(automatic_dynamic_shapes=False), warnings.catch_warnings():
+            # Dynamo asks every input for its .grad, the values of sums among them, which are no leaves
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             yield
     finally:
         parametrize._cache_enabled, parametrize._cache = cached  # pyright: ignore[reportPrivateUsage]
