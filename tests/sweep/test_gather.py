@@ -393,5 +393,5 @@ def test_gradients_that_are_views_of_one_tensor(joined: str, with_context: bool)
 def test_views_would_be_added_to_twice(joined: str, with_context: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutation."""
     monkeypatch.setattr(Gather, "_owns", lambda self, leaf: True)
-    with pytest.raises(AssertionError, match="is off by|holds another's memory"):
+    with pytest.raises(AssertionError, match=r"is off by|holds another's memory"):
         siblings_are_exact(joined, with_context)
