@@ -517,7 +517,7 @@ def test_a_table_that_grows_with_the_positions(way: str, rows: int | None) -> No
 
 @pytest.mark.parametrize("way", ["loss", "token_loss"])
 def test_a_loss_that_is_kept_holds_nothing_after_its_backward(way: str) -> None:
-    """Neither the kept states, nor the gathered gradients, nor what was passed: a list of losses is a list of numbers."""
+    """Neither kept states, nor gathered gradients, nor what was passed: a list of losses is a list of numbers."""
     model = Conditioned()
     tokens, context = TOKENS.clone(), torch.randn(2, 4, 13)
     alive = [weakref.ref(tokens), weakref.ref(context)]
