@@ -22,7 +22,12 @@ def require_untouched(model: nn.Module) -> None:
 
 
 def require_refused(
-    model: nn.Module, error: type[Exception], message: str, *, tokens: Any = TOKENS, **options: Any
+    model: nn.Module,
+    error: type[Exception] | tuple[type[Exception], ...],
+    message: str,
+    *,
+    tokens: Any = TOKENS,
+    **options: Any,
 ) -> None:
     """Both sweeps refuse, and `.grad` is as it was."""
     options = {"chunk": 7} | options
@@ -64,6 +69,47 @@ def test_a_chunk_is_a_positive_number_of_tokens(chunk: Any) -> None:
 )
 def test_inputs_and_targets_that_do_not_fit(tokens: Any, targets: Any, message: str) -> None:
     require_refused(GatedRecurrence(), sg.InputError, message, tokens=tokens, targets=targets)
+
+
+@pytest.mark.parametrize(
+    ("targets", "came"),
+    [
+        (TOKENS[:, :1], r"\(2, 1\)"),  # one label per sequence
+        (TOKENS[:, 0], r"\(1, 2\)"),  # the same without an axis of time
+        (TOKENS.t(), r"\(40, 2\)"),
+        ({"labels": TOKENS[:1]}, r"\(1, 40\)"),
+    ],
+)
+def test_targets_of_another_shape_say_what_to_pass(targets: Any, came: str) -> None:
+    message = (
+        rf"targets must have the inputs' batch and time \(2, 40\), got {came}: one target for each step\. For one "
+        r"label per sequence write it at the step that should predict it and -100 at all others; for regression pass a dict"
+    )
+    require_refused(GatedRecurrence(), sg.InputError, message, targets=targets)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_an_empty_document_is_named_by_its_number(number: int) -> None:
+    documents = [TOKENS[0], TOKENS[1]]
+    documents.insert(number, TOKENS[0, :0])
+    message = (
+        rf"sequence {number} of the list: expected at least one sequence and one token, got batch 1 and time 0\. Leave "
+        r"empty documents out, with their targets and states"
+    )
+    require_refused(GatedRecurrence(), sg.InputError, message, tokens=documents)
+    message = rf"sequence {number} of the list: targets must have the inputs' batch and time"
+    targets = [TOKENS[:1], TOKENS[:1], TOKENS[:1]]
+    targets[number] = TOKENS[:1, 1:]
+    require_refused(GatedRecurrence(), sg.InputError, message, tokens=[TOKENS[:1]] * 3, targets=targets)
+
+
+def test_gradients_in_inference_mode() -> None:
+    model = GatedRecurrence()
+    message = r"inside torch\.inference_mode, where tensors keep no graph.*use slimgrad\.evaluate"
+    for call in (sg.backward, sg.loss, sg.token_loss, lambda model, *args, **options: sg.Chunked(model)(*args)):
+        with torch.inference_mode(), pytest.raises(sg.InputError, match=message):
+            call(model, TOKENS, chunk=7)
+    require_untouched(model)
 
 
 def test_targets_that_do_not_fit_the_default_loss() -> None:
@@ -299,6 +345,89 @@ def test_a_buffer_replaced_or_written_late_is_refused(how: str) -> None:
     require_untouched(model)
     if how == "replaced":
         assert float(model.seen) == 0.0
+
+
+def test_layers_without_shapes() -> None:
+    class Lazy(GatedRecurrence):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.LazyLinear(13)
+
+    model = Lazy()
+    message = "LazyLinear has parameters without a shape yet; expected a model whose lazy layers have been made. Run it"
+    for call in (sg.backward, sg.loss, sg.evaluate, lambda model, *args, **options: sg.Chunked(model)):
+        with pytest.raises(sg.ModelError, match=message):
+            call(model, TOKENS, chunk=7)
+    model(TOKENS[:, :1], model.initial_state(2))
+    sg.backward(model, TOKENS, chunk=7)
+    assert model.head.weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["tokens", "signals"])
+def test_inputs_modified_in_place(kind: str) -> None:
+    def shift(inner: nn.Module, x: Tensor, s: Any) -> Any:
+        if x.is_floating_point():
+            return inner(x.mul_(2)[..., 0].abs().long() % 13, s)
+        return inner(x.add_(1).remainder_(13), s)
+
+    given = TOKENS.clone() if kind == "tokens" else torch.arange(2 * 40 * 3.0).reshape(2, 40, 3)
+    targets = TOKENS if kind == "signals" else None
+    message = r"the model modified its inputs in place; expected them left alone.*inputs = inputs\.clone\(\)"
+    require_refused(Bent(shift), sg.ModelError, message, tokens=given, targets=targets)
+    with pytest.raises(sg.ModelError, match=message):
+        sg.evaluate(Bent(shift), given, targets, chunk=7)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_state_written_through_data(late: bool) -> None:
+    """Unseen by torch, which counts no version there; later than in the first chunk the rebuilt bits tell."""
+
+    def unseen(inner: nn.Module, x: Tensor, s: Any) -> Any:
+        outputs, state = inner(x, s)
+        if not late or int(s["position"]) == 14:
+            s["h"].data.copy_(state["h"].detach())
+            return outputs, s | {"position": state["position"]}
+        return outputs, state
+
+    message = (
+        r"state \['h'\], chunk \d: rebuilt with other bits"
+        if late
+        else r"forward wrote to its state in place, unseen by torch \(through \.data or NumPy\).*Clone the state first"
+    )
+    require_refused(Bent(unseen), (sg.ModelError, sg.StateMismatchError), message)
+
+
+class Remembering(GatedRecurrence):
+    """A buffer that is registered as None and filled when the model runs; read back, or not."""
+
+    def __init__(self, *, reads: bool) -> None:
+        super().__init__()
+        self.register_buffer("last", None)
+        self.reads = reads
+
+    def forward(self, inputs: Tensor, state: Any) -> Any:
+        outputs, state = super().forward(inputs, state)
+        if self.reads and self.last is not None:
+            outputs = outputs + self.last
+        self.last = outputs[:, -1:].detach()
+        return outputs, state
+
+
+def test_a_buffer_that_begins_as_none_and_is_state() -> None:
+    message = (
+        r"Remembering changed attributes while a chunk ran \([\w, ]*last.*Carry what must be remembered in the state"
+    )
+    for call in (sg.backward, sg.loss, sg.evaluate):
+        model = Remembering(reads=True)
+        with pytest.raises(sg.ModelError, match=message):
+            call(model, TOKENS, chunk=7)
+        require_untouched(model)
+    written, free = Remembering(reads=False).double(), GatedRecurrence().double()
+    free.load_state_dict(written.state_dict(), strict=False)
+    for model in (written, free):
+        sg.backward(model, TOKENS, chunk=7)
+    for (name, p), q in zip(written.named_parameters(), free.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
 
 
 def test_a_sweep_inside_a_sweep() -> None:

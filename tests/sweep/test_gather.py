@@ -300,3 +300,98 @@ def test_a_model_gets_its_own_parameters_back() -> None:
     after = [(id(owner), name, id(p)) for owner in model.modules() for name, p in owner._parameters.items()]
     assert before == after
     assert all(type(p) is nn.Parameter for p in model.parameters())
+
+
+# --- buffers: handed over, and no two in one memory ---
+
+
+@pytest.mark.parametrize("way", ["backward", "loss"])
+@pytest.mark.parametrize("layer", [nn.Linear, nn.Identity, nn.RMSNorm], ids=lambda layer: layer.__name__)
+def test_a_buffer_becomes_grad_and_is_not_copied(way: str, layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Summed(layer(6, 6) if layer is nn.Linear else layer(6)).double()
+    places: dict[str, int] = {}
+    take = Gather.take
+
+    def noted(self: Gather) -> dict[str, Tensor | None]:
+        taken = take(self)
+        places.update({name: g.data_ptr() for name, g in taken.items() if g is not None})
+        return taken
+
+    monkeypatch.setattr(Gather, "take", noted)
+    if way == "backward":
+        sg.backward(model, TOKENS, chunk=7)
+    else:
+        sg.loss(model, TOKENS, chunk=7).backward()
+    assert places == {name: p.grad.data_ptr() for name, p in model.named_parameters()}
+    assert len(set(places.values())) == len(places)
+
+
+def test_torchs_own_call_copies() -> None:
+    """Why `deliver` goes another way."""
+    p, g = nn.Parameter(torch.zeros(3)), torch.ones(3)
+    torch.autograd.backward([p], [g])
+    assert p.grad.data_ptr() != g.data_ptr()
+
+
+class Siblings(nn.Module):
+    """Two parameters (or a parameter and the context) whose gradients autograd makes as views of one tensor."""
+
+    def __init__(self, joined: str, with_context: bool) -> None:
+        super().__init__()
+        self.p, self.q = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+        self.head = nn.Linear(6, 13)
+        self.joined, self.with_context = joined, with_context
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        return self.p.new_zeros(batch_size, 6)
+
+    def forward(self, inputs: Tensor, state: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        p, q = self.p, self.q if context is None else context
+        if self.joined == "stack":
+            both = torch.stack([p, q]).sum(0)
+        elif self.joined == "cat":
+            both = torch.cat([p, q]).view(2, 6).sum(0)
+        else:
+            both = p.view(-1) + q.view(-1)
+        y = state[:, None] + torch.tanh(both * inputs[..., None]).cumsum(1)
+        return self.head(y), y[:, -1]
+
+
+def siblings_are_exact(joined: str, with_context: bool) -> None:
+    model = Siblings(joined, with_context).double()
+    context = torch.randn(6, dtype=torch.float64, requires_grad=True) if with_context else None
+    outputs, _ = model(TOKENS, model.initial_state(2), context)
+    (F.cross_entropy(outputs[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())).backward()
+
+    def found() -> dict[str, Tensor]:
+        gradients = collect(model, None, None)
+        if context is not None:
+            gradients, context.grad = gradients | {"context": context.grad}, None
+        return gradients
+
+    expected = found()
+    for way in ("backward", "loss"):
+        if way == "backward":
+            sg.backward(model, TOKENS, context=context, chunk=7)
+        else:
+            sg.loss(model, TOKENS, context=context, chunk=7).backward()
+        got = found()
+        error, name = worst_error(got, expected)
+        assert error <= 1e-12, f"{name} is off by {error:.1e}"  # measured at most 3e-16
+        for name, g in got.items():
+            assert g.untyped_storage().nbytes() == g.nbytes, f"{name} holds another's memory"
+
+
+@pytest.mark.parametrize("with_context", [False, True])
+@pytest.mark.parametrize("joined", ["stack", "cat", "view"])
+def test_gradients_that_are_views_of_one_tensor(joined: str, with_context: bool) -> None:
+    siblings_are_exact(joined, with_context)
+
+
+@pytest.mark.parametrize("with_context", [False, True])
+@pytest.mark.parametrize("joined", ["stack", "cat", "view"])
+def test_views_would_be_added_to_twice(joined: str, with_context: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutation."""
+    monkeypatch.setattr(Gather, "_owns", lambda self, leaf: True)
+    with pytest.raises(AssertionError, match=r"is off by|holds another's memory"):
+        siblings_are_exact(joined, with_context)
