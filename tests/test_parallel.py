@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import slimgrad as sg
@@ -130,3 +135,119 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for one in found:  # a step, one under no_sync, and one that synchronises both
         error, name = worst_error(one["accumulated"], {name: 3 * g for name, g in expected.items()})
         assert error <= 1e-12, f"{name} is off by {error:.1e}"  # measured 4e-16
+
+
+def _zero(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """What a loss_fn returns for a chunk that it leaves out."""
+    return outputs.new_zeros(())
+
+
+def _summed(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+class _Plain(nn.Module):
+    """What `Chunked` computes, in one call."""
+
+    def __init__(self, inner: nn.Module, loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.model, self.loss_fn = inner, loss_fn
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor, normalizer: float) -> torch.Tensor:
+        outputs, _ = self.model(tokens, self.model.initial_state(len(tokens)))
+        return (self.loss_fn(outputs, targets) + 0 * outputs.sum()) / normalizer
+
+
+def _without_targets(rank: int, folder: str, world_size: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
+    try:
+        tokens, targets = (x[rank * 2 : rank * 2 + 2] for x in batch())
+        found = {}
+        for how in ("no targets", "a constant zero"):
+            goals = torch.full_like(targets, -100) if rank == 1 and how == "no targets" else targets
+            loss_fn = _zero if rank == 1 and how == "a constant zero" else _summed
+            swept, whole = model(), model()
+            chunked = DistributedDataParallel(sg.Chunked(swept, chunk=7, loss_fn=loss_fn))
+            in_one_call = DistributedDataParallel(_Plain(whole, loss_fn))
+            for _ in range(2):  # the second step finds the reducer ready again
+                swept.zero_grad()
+                whole.zero_grad()
+                chunked(tokens, goals, normalizer=17.0).backward()
+                in_one_call(tokens, goals, 17.0).backward()
+            found[how] = [{name: p.grad for name, p in one.named_parameters()} for one in (swept, whole)]
+        torch.save(found, Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_process_without_targets_keeps_nobody_waiting(tmp_path: Path) -> None:
+    mp.spawn(_without_targets, args=(str(tmp_path), 2), nprocs=2)
+    for rank in range(2):
+        for how, (got, expected) in torch.load(tmp_path / f"{rank}.pt").items():
+            assert all(g is not None for g in got.values()), how
+            assert any(bool((g != 0).any()) for g in got.values()), how
+            error, name = worst_error(got, expected)
+            print(how, rank, error)
+            assert error <= 1e-12, f"{how}, rank {rank}: {name} is off by {error:.1e}"  # measured 4e-16
+
+
+def _sharded(rank: int, folder: str, world_size: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size)
+    try:
+        mesh = init_device_mesh("cpu", (world_size,))
+        tokens, targets = (x[rank * 2 : rank * 2 + 2] for x in batch())
+        count = int((batch()[1] != -100).sum())
+        swept = model()
+        sharded = fully_shard(sg.Chunked(swept, chunk=7), mesh=mesh)
+        for _ in range(2):
+            swept.zero_grad()
+            sharded(tokens, targets, normalizer=count / world_size).backward()
+        found: dict[str, object] = {
+            "gradients": {name: p.grad.full_tensor() for name, p in swept.named_parameters()},
+            "is sharded": all(p.grad.to_local().numel() < p.numel() for p in swept.parameters() if p.shape[0] > 1),
+        }
+        whole, layer, flat = model(), model(), model()
+        fully_shard(whole, mesh=mesh)
+        fully_shard(layer.summed, mesh=mesh)
+        wrapped = FullyShardedDataParallel(flat, device_id=torch.device("cpu"))
+        ways: dict[str, Callable[[], object]] = {
+            "backward(fully_shard(model))": lambda: sg.backward(whole, tokens, chunk=7),
+            "loss(fully_shard(model))": lambda: sg.loss(whole, tokens, chunk=7),
+            "Chunked(fully_shard(model))": lambda: sg.Chunked(whole),
+            "a layer that is sharded": lambda: sg.backward(layer, tokens, chunk=7),
+            "backward(FSDP(model))": lambda: sg.backward(wrapped, tokens, chunk=7),
+            "Chunked(FSDP(model))": lambda: sg.Chunked(wrapped),
+        }
+        said = {}
+        for name, way in ways.items():
+            try:
+                way()
+                said[name] = "nothing"
+            except sg.ModelError as error:
+                said[name] = str(error)
+        torch.save(found | {"refused": said}, Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_sharded_around_chunked_and_no_other_way(tmp_path: Path) -> None:
+    mp.spawn(_sharded, args=(str(tmp_path), 2), nprocs=2)
+    expected = {name: g for name, g in plain(model(), *batch())[1].items() if not name.startswith("state")}
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found["is sharded"]
+        error, name = worst_error(found["gradients"], expected)
+        print(rank, error)
+        assert error <= 1e-12, f"{name} is off by {error:.1e}"  # measured 4e-16
+        for way, message in found["refused"].items():
+            assert "fully_shard(slimgrad.Chunked(model" in message, (way, message)
+            assert ("FullyShardedDataParallel" if "FSDP" in way else "sharded by fully_shard") in message, (
+                way,
+                message,
+            )

@@ -83,7 +83,7 @@ def test_inputs_and_targets_that_do_not_fit(tokens: Any, targets: Any, message: 
 def test_targets_of_another_shape_say_what_to_pass(targets: Any, came: str) -> None:
     message = (
         rf"targets must have the inputs' batch and time \(2, 40\), got {came}: one target for each step\. For one "
-        r"label per sequence write it at the step that should predict it and -100 at all others; for regression pass a dict"
+        r"label per sequence write it at the step that should predict it and -100 at all others; for regression pass"
     )
     require_refused(GatedRecurrence(), sg.InputError, message, targets=targets)
 
