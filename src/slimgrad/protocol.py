@@ -47,6 +47,10 @@ def require_causal_model(model: object) -> nn.Module:
             raise ModelError(
                 f"expected the plain model, got one that is sharded by fully_shard, or a part of it. {_SHARD}"
             )
+        if getattr(part, "_fsdp_use_orig_params", None) is False:
+            raise ModelError(
+                f"expected a model with parameters, got one that FullyShardedDataParallel flattened. {_SHARD}"
+            )
         if any(isinstance(p, nn.parameter.UninitializedParameter) for p in part.parameters(recurse=False)):
             raise ModelError(
                 f"{type(part).__name__} has parameters without a shape yet; expected a model whose lazy layers have "

@@ -102,13 +102,11 @@ def _places(model: nn.Module) -> Iterator[tuple[Any, str, str, Any]]:
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """A module's plain attributes, its mode among them, and the buffers that it has not filled."""
+    """A module's plain attributes, its mode among them, and its buffers (whose values `guard` looks at)."""
     for name, value in module.__dict__.items():
         if name not in _OWN:
             yield name, value
-    for name, buffer in module._buffers.items():  # pyright: ignore[reportPrivateUsage]
-        if buffer is None:
-            yield name, None
+    yield from module._buffers.items()  # pyright: ignore[reportPrivateUsage]
 
 
 def _parts(value: Any) -> Iterator[Any]:

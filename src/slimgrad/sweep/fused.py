@@ -11,7 +11,7 @@ way into the same stand-in: see `is_fusable` and `_is_ordinary`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -74,37 +74,56 @@ class _Embedding(torch.autograd.Function):
 class Fused:
     """Takes the place of the `forward` of a plain linear layer or embedding while a chunk runs.
 
+    One object a layer, for good, so that what torch.compile knows of the layer stays valid from call to call.
+
     Args:
-        gather: whose buffers the products are added to.
         layer: see `is_fusable`.
-        stand_in: the weight's.
     """
 
-    def __init__(self, gather: Gather, layer: nn.Module, stand_in: Tensor) -> None:
-        self._gather = weakref.ref(gather)  # no cycle: buffers go when the call is over
-        self._stand_in = stand_in
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = weakref.ref(layer)
         self._parameters = cast("dict[str, Any]", layer._parameters)  # pyright: ignore[reportPrivateUsage]
-        self._plain = cast("Callable[[Tensor], Tensor]", layer.forward)
         self._is_linear = isinstance(layer, nn.Linear)
+        self._gather: Gather | None = None
+        self._stand_in: Tensor | None = None
+
+    def tie(self, gather: Gather | None, stand_in: Tensor | None) -> None:
+        """Whose buffers the products are added to, and the stand-in of the weight."""
+        self._gather, self._stand_in = gather, stand_in
 
     def __call__(self, input: Tensor) -> Tensor:
-        weight, gather = self._parameters.get("weight"), self._gather()
-        # functional_call puts another weight there, whose gradient somebody else wants
-        if gather is None or weight is not self._stand_in or not _is_ordinary(self._stand_in):
+        if torch.compiler.is_compiling():  # first: what is looked at here becomes a condition of the compiled code
             return self._plain(input)
-        weight = self._stand_in
+        gather, weight, own = self._gather, self._stand_in, self._parameters
+        # functional_call puts another weight there, whose gradient somebody else wants
+        if gather is None or weight is None or own.get("weight") is not weight or not _is_ordinary(weight):
+            return self._plain(input)
         if not self._is_linear:
             return cast(Tensor, _Embedding.apply(input, weight, gather))
-        if input.dtype != weight.dtype:
+        if input.dtype != weight.dtype or "bias" not in own:  # a bias that a hook makes, or a buffer
             return self._plain(input)
-        return cast(Tensor, _Linear.apply(input, weight, self._parameters.get("bias"), gather))
+        return cast(Tensor, _Linear.apply(input, weight, own["bias"], gather))
+
+    def _plain(self, input: Tensor) -> Tensor:
+        layer: Any = self._layer()
+        return type(layer).forward(layer, input)
+
+
+_forwards: weakref.WeakKeyDictionary[nn.Module, Fused] = weakref.WeakKeyDictionary()
+
+
+def fused_forward(layer: nn.Module) -> Fused:
+    """The layer's `Fused`."""
+    found = _forwards.get(layer)
+    if found is None:
+        found = _forwards[layer] = Fused(layer)
+    return found
 
 
 def _is_ordinary(weight: Tensor) -> bool:
-    """Whether plain eager autograd is at work, without a compiler, transform, mode or autocast."""
+    """Whether plain autograd is at work, without a transform, a mode or autocast."""
     return (
-        not torch.compiler.is_compiling()
-        and torch.is_grad_enabled()
+        torch.is_grad_enabled()
         and torch._C._len_torch_function_stack() == 0  # pyright: ignore[reportPrivateUsage]
         and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore
         and forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]

@@ -26,7 +26,7 @@ from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from slimgrad.errors import SweepError
-from slimgrad.sweep.fused import Fused, is_fusable, outside_compiled
+from slimgrad.sweep.fused import Fused, fused_forward, is_fusable, outside_compiled
 from slimgrad.sweep.interrupt import uninterrupted
 
 Sink = Callable[[Tensor], None]
@@ -51,7 +51,7 @@ class _Places(NamedTuple):
     module: nn.Module
     parameters: Sequence[tuple[dict[str, Any], str, Tensor]]  # a submodule's own parameters, the name, the parameter
     recurrent: Sequence[nn.RNNBase]
-    fused: Sequence[tuple[nn.Module, Fused]]
+    fused: Sequence[tuple[nn.Module, Fused, Tensor]]  # a layer, what runs in its place, its weight's stand-in
 
 
 class Gather:
@@ -222,11 +222,13 @@ class Gather:
                 own[name] = self._stand_ins[id(parameter)]
             for rnn in places.recurrent:
                 _refresh_flat_weights(rnn)
-            for layer, forward in places.fused:
+            for layer, forward, stand_in in places.fused:
+                forward.tie(self, stand_in)
                 layer.__dict__["forward"] = forward
             yield
         finally:
-            for layer, _ in places.fused:
+            for layer, forward, _ in places.fused:
+                forward.tie(None, None)
                 layer.__dict__.pop("forward", None)
             for own, name, parameter in places.parameters:
                 own[name] = parameter
@@ -245,7 +247,7 @@ class Gather:
             ]
             recurrent = [m for m in module.modules() if isinstance(m, nn.RNNBase)]
             fused = [
-                (layer, Fused(self, layer, stand_in))
+                (layer, fused_forward(layer), stand_in)
                 for layer in dict.fromkeys(outside_compiled(module))
                 if is_fusable(layer) and (stand_in := self._fusable(layer)) is not None
             ]
