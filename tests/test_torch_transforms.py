@@ -277,11 +277,20 @@ def by_hook(model: Any) -> None:
 def pruned(model: Any) -> None:
     prune.l1_unstructured(model.mix, "weight", amount=0.3)
     prune.random_unstructured(model.head, "weight", amount=9)
+    prune.random_unstructured(model.head, "bias", amount=2)
+
+
+def with_a_bias_that_is_no_parameter(model: Any) -> None:
+    bias = model.head.bias.detach().clone()
+    del model.head.bias
+    model.head.register_buffer("bias", bias)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("prepare", [parametrised, tied_and_parametrised, by_hook, pruned])
+@pytest.mark.parametrize(
+    "prepare", [parametrised, tied_and_parametrised, by_hook, pruned, with_a_bias_that_is_no_parameter]
+)
 def test_weights_that_are_made_of_others(prepare: Any, cached: bool) -> None:
     def twice(layer: nn.Module, y: Tensor) -> Tensor:
         if not cached:

@@ -82,7 +82,9 @@ def compare(
         total = sum(norm**2 for _, norm in finite) ** 0.5
         floor = max(rounding / tolerance_of(dtype) if total <= rounding else 0.0, 1e-300)
         for name, (distance, norm) in measured.items():
-            findings.append(Finding(check, name, distance / max(norm, small * total, floor), norm))
+            compared = norm == norm or distance  # zero over nothing: neither held a number
+            error = distance / max(norm, small * total, floor) if compared else 0.0
+            findings.append(Finding(check, name, error, norm))
         totals.append(sum(distance**2 for distance, _ in finite) ** 0.5 / max(total, floor))
     nothing = float("nan") if findings else 0.0
     return findings, max(totals, default=nothing, key=lambda error: (error != error, error))
