@@ -138,7 +138,7 @@ class SharedModel:
         with self.autocast(as_called=False):
             self.gather.backward(tensors, [root.cotangent for root in roots], edges)
 
-    def refuse_lost(self, tensors: Sequence[Tensor], edges: Sequence[GradientEdge], where: str) -> None:
+    def refuse_lost(self, tensors: Sequence[Tensor | GradientEdge], edges: Sequence[GradientEdge], where: str) -> None:
         """Raise if the graph below `tensors` ends in a leaf whose gradient nobody would gather."""
         assert self.gather is not None
         strangers, counted = find_strangers(tensors, [*edges, *self.gather.edges])
@@ -263,10 +263,18 @@ class ChunkedSequence:
         pieces, leaves = self._pieces(chunk)
         with self.shared.autocast(as_called=True):
             outputs, following = self.shared.step(pieces, state)
+            kept = [version(x) for x in tree.tensors(following)]
             loss = self._loss_fn(outputs, self._target_slice(chunk))
+        if kept != [version(x) for x in tree.tensors(following)]:
+            raise InputError(
+                "loss_fn wrote in place to outputs that share memory with the state; expected it to leave them alone. "
+                "Clone the outputs first"
+            )
         metrics: dict[str, Tensor] = {}
         if isinstance(loss, dict):
-            metrics = {name: torch.as_tensor(value).detach().clone() for name, value in loss.items() if name != "loss"}
+            metrics = {
+                name: _addable(torch.as_tensor(value).detach()) for name, value in loss.items() if name != "loss"
+            }
             if "loss" not in loss:
                 raise InputError(f"loss_fn returned a dict without 'loss'; got the keys {sorted(loss)}")
             loss = loss["loss"]
@@ -354,6 +362,13 @@ class ChunkedSequence:
                 "one: its gradient would be lost. Compute it from the outputs, without .detach(), .item() or no_grad; "
                 "for a chunk that is left out return zero"
             )
+
+
+def _addable(metric: Tensor) -> Tensor:
+    """A copy, in a type in which many chunks' values add up."""
+    if metric.is_floating_point() or metric.is_complex():
+        return metric.to(torch.promote_types(metric.dtype, torch.float32), copy=True)
+    return metric.to(torch.int64, copy=True)
 
 
 def batch_and_time(inputs: tree.Tree) -> tuple[int, int]:

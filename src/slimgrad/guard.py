@@ -30,36 +30,44 @@ class Guard:
     """
 
     def __init__(self, model: nn.Module, renormalised: set[int]) -> None:
-        self._buffers = [
-            (module, name, buffer)
+        self._places = [
+            (module, name)
             for module in model.modules()
-            for name, buffer in module._buffers.items()  # pyright: ignore[reportPrivateUsage]
-            if buffer is not None
+            for name in module._buffers  # pyright: ignore[reportPrivateUsage]
         ]
         self._parameters = [(name, p) for name, p in model.named_parameters() if id(p) not in renormalised]
         self._samples: list[Tensor] = []
 
     @contextmanager
     def watching(self, *, first: bool = False) -> Generator[None]:
-        """Refuse what is written within the block. A buffer that was replaced is put back; `watch` asks who reads it.
+        """Refuse what is written within the block.
+
+        A buffer may be replaced by a larger one that begins with it, or filled where it was None (a table, made when it
+        is wanted): it is put back as it was. `watch` asks who reads it.
 
         The first time nothing is written to buffers even so, and values are compared too: torch's batch normalisation
         writes its running statistics without counting a version, and so does a write through `.data`. Of parameters a
         few elements are compared.
         """
-        copies = [buffer.clone() if first else buffer for _, _, buffer in self._buffers]
+        places = [(m, name, m._buffers.get(name)) for m, name in self._places]  # pyright: ignore[reportPrivateUsage]
+        buffers = [(module, name, buffer) for module, name, buffer in places if buffer is not None]
+        copies = [buffer.clone() if first else buffer for _, _, buffer in buffers]
         versions = [version(x) for x in copies]
         weights = self._weights(first)
         changed: list[str] = []
         try:
-            for (module, name, _), copy in zip(self._buffers, copies, strict=True):
+            for (module, name, _), copy in zip(buffers, copies, strict=True):
                 module._buffers[name] = copy  # pyright: ignore[reportPrivateUsage]
             yield
-            for (module, name, buffer), copy, before in zip(self._buffers, copies, versions, strict=True):
-                if version(copy) != before or (first and int(checksum(copy)) != int(checksum(buffer))):
+            for (module, name, buffer), copy, before in zip(buffers, copies, versions, strict=True):
+                written = version(copy) != before
+                present = module._buffers.get(name)  # pyright: ignore[reportPrivateUsage]
+                if present is not copy:
+                    written = written or not _begins_with(present, copy)
+                if written or (first and _readable(copy) and int(checksum(copy)) != int(checksum(buffer))):
                     changed.append(f"{type(module).__name__}.{name}")
         finally:
-            for module, name, buffer in self._buffers:
+            for module, name, buffer in places:
                 module._buffers[name] = buffer  # pyright: ignore[reportPrivateUsage]
         if changed:
             raise ModelError(
@@ -85,9 +93,25 @@ class Guard:
         return list(zip(versions, [str(x) for x in _lists(self._samples)], strict=True))  # as text NaN equals itself
 
 
+def _begins_with(present: Tensor | None, before: Tensor) -> bool:
+    """Whether a buffer was replaced by a larger one that begins with it."""
+    if present is None or present.dim() != before.dim() or present.dtype != before.dtype:
+        return False
+    if any(now < then for now, then in zip(present.shape, before.shape, strict=True)):
+        return False
+    return int(checksum(present[tuple(slice(n) for n in before.shape)])) == int(checksum(before))
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether the elements of `x` are in memory, one after the other."""
+    return x.layout is torch.strided and not x.is_nested and x.device.type != "meta"
+
+
 def _sample(p: Tensor) -> Tensor:
     """A few elements, as a view."""
     x = getattr(p.detach(), "_local_tensor", p.detach())  # a DTensor's own part
+    if not _readable(x):
+        return torch.zeros(0)
     while x.dim() > 1 and x.numel():
         x = x[-1]
     return x.reshape(-1)[:_SAMPLE]

@@ -65,5 +65,9 @@ def is_mean_over_time(loss: Tensor, batch: int, span: tuple[int, int]) -> bool:
     if made_by is None or time == 1:
         return False
     if getattr(made_by, "_saved_reduction", None) == 1:  # torch's own losses: 0 is none, 1 the mean, 2 the sum
-        return True
-    return type(made_by).__name__.startswith("MeanBackward") and made_by._saved_self_sym_numel >= batch * time
+        shape = tuple(made_by._saved_self.shape)
+    elif type(made_by).__name__.startswith("MeanBackward"):
+        shape = tuple(made_by._saved_self_sym_sizes)
+    else:
+        return False
+    return shape[:2] == (batch, time) or shape[:1] == (batch * time,)

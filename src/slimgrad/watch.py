@@ -59,6 +59,10 @@ class Notes:
             if self._notes.get(key, gone)[1] != before._notes.get(key, gone)[1]
         ]
 
+    def empty(self) -> set[str]:
+        """The names of what is None."""
+        return {shown for shown, note in self._notes.values() if note == ("NoneType", "None")}
+
     def _note(self, value: Any, depth: int, seen: set[int]) -> Any:
         if is_plain_value(value):
             return type(value).__name__, repr(value)
@@ -206,7 +210,7 @@ class Watch:
             for leaf, link in zip(linked, links, strict=True):
                 cast(Any, leaf)._link = link
         if method == "advance":
-            self._by_advance = set(changed)
+            self._by_advance = set(changed) - before.empty()  # a table that is made when it is first wanted may stay
         elif method == "forward" and not self._by_advance <= set(changed):
             raise ModelError(
                 f"advance changed what forward leaves alone ({', '.join(sorted(self._by_advance - set(changed)))}); "
@@ -240,9 +244,11 @@ def _same_bits(first: Any, second: Any) -> bool:
     return len(one) == len(other) and all(_bits(a) == _bits(b) for a, b in zip(one, other, strict=True))
 
 
-def _bits(leaf: Any) -> Any:
+def _bits(leaf: Any, depth: int = _DEPTH) -> Any:
     if isinstance(leaf, PrefixSum | Growing):
         return id(leaf)  # the second run was given what the first came to
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, int(checksum(leaf.to_dense() if leaf.layout is not torch.strided else leaf))
-    return repr(leaf) if is_plain_value(leaf) else None
+    if is_plain_value(leaf):
+        return repr(leaf)
+    return [_bits(part, depth - 1) for part in tree.leaves(list(_parts(leaf)))] if depth else id(leaf)

@@ -31,7 +31,9 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, gather: Gather) -> Tensor:
         ctx.save_for_backward(x)
         cast(Any, ctx).weight, cast(Any, ctx).gather = weight, gather
-        return F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias)
+        # with a bias it is a view, and what an own function returns as a view may not be written to in place
+        return torch.ops.aten._unsafe_view.default(y, list(y.shape)) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
@@ -98,11 +100,17 @@ class Fused:
         # functional_call puts another weight there, whose gradient somebody else wants
         if gather is None or weight is None or own.get("weight") is not weight or not _is_ordinary(weight):
             return self._plain(input)
+        if input.is_nested:
+            return self._plain(input)
         if not self._is_linear:
             return cast(Tensor, _Embedding.apply(input, weight, gather))
-        if input.dtype != weight.dtype or "bias" not in own:  # a bias that a hook makes, or a buffer
+        if input.dtype != weight.dtype or "bias" not in own:  # a bias made by a hook, or a buffer
             return self._plain(input)
         return cast(Tensor, _Linear.apply(input, weight, own["bias"], gather))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fused:
+        """A copy of the layer made while a chunk runs is a plain layer."""
+        return Fused(memo.get(id(self._layer()), self._layer()))
 
     def _plain(self, input: Tensor) -> Tensor:
         layer: Any = self._layer()
@@ -134,7 +142,7 @@ def _is_ordinary(weight: Tensor) -> bool:
 def is_fusable(layer: nn.Module) -> bool:
     """Whether the layer is one of torch's own linear layers or embeddings, just as torch makes it."""
     weight = layer._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
-    if "forward" in layer.__dict__ or weight is None or weight.dim() != 2:
+    if "forward" in layer.__dict__ or weight is None or weight.dim() != 2 or not weight.numel():
         return False
     if type(layer) is nn.Embedding:
         return layer.padding_idx is layer.max_norm is None and not (layer.scale_grad_by_freq or layer.sparse)

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from slimgrad.errors import SweepError
+from slimgrad.errors import ConsumedError, ModelError, SweepError
 from slimgrad.sweep.fused import Fused, fused_forward, is_fusable, outside_compiled
+from slimgrad.sweep.graph import is_leaf, node_of
 from slimgrad.sweep.interrupt import uninterrupted
 
 Sink = Callable[[Tensor], None]
@@ -126,18 +127,21 @@ class Gather:
         """Whether this is the chunk's own backward pass, and not one that the model runs on its way or inside it."""
         return self._graph_task is not None and self._graph_task == torch._C._current_graph_task_id()  # pyright: ignore
 
-    def backward(self, tensors: Sequence[Tensor], cotangents: Sequence[Tensor], leaves: Sequence[GradientEdge]) -> None:
+    def backward(
+        self, tensors: Sequence[Tensor | GradientEdge], cotangents: Sequence[Tensor], leaves: Sequence[GradientEdge]
+    ) -> None:
         """Backpropagate from `tensors` into the stand-ins, and into `leaves`."""
 
         def note(_: Any) -> None:
             self._graph_task = torch._C._current_graph_task_id()  # pyright: ignore
 
         for x in tensors:
-            if x.grad_fn is not None:
-                x.grad_fn.register_prehook(note)
+            node = node_of(x)
+            if node is not None and not is_leaf(node):
+                node.register_prehook(note)
         try:
             # Edges, not tensors: a root may be a leaf as well (a state returned untouched)
-            torch.autograd.backward(tensors, cotangents, inputs=[*self.edges, *leaves])
+            torch.autograd.backward(cast(Any, list(tensors)), cotangents, inputs=[*self.edges, *leaves])
         except RuntimeError as error:
             for text, meaning in _TORCH_SAYS.items():
                 if text in str(error):
@@ -156,6 +160,8 @@ class Gather:
         """
         if leaf.grad is None or leaf.grad.layout is not torch.strided:
             return False
+        if type(leaf.grad) is not Tensor:  # a sharded one has no memory to look at
+            return True
         storage = leaf.grad.untyped_storage()
         if storage.nbytes() != leaf.grad.nbytes or storage.data_ptr() in self._storages:
             leaf.grad = leaf.grad.clone()
@@ -203,19 +209,25 @@ class Gather:
             extra: further (tensor, gradient) pairs, delivered likewise: inputs, context, states.
         """
         with uninterrupted(second_passes=False), torch.enable_grad():
+            if extra:  # together: they may share a graph, which can be gone through only once, and first: that may fail
+                torch.autograd.backward([tensor for tensor, _ in extra], [gradient for _, gradient in extra])
             taken = self.take()
             for name, parameter in self._parameters.items():
                 gradient = [g] if (g := taken.pop(name)) is not None else []
                 del g
                 if gradient:
                     torch.autograd.backward([cast(Tensor, _HandOver.apply(parameter, gradient))])
-            if extra:  # together: they may share a graph, which can be gone through only once
-                torch.autograd.backward([tensor for tensor, _ in extra], [gradient for _, gradient in extra])
 
     @contextmanager
     def swapped_into(self, module: nn.Module) -> Generator[None]:
         """Within the block, `module` and all below it use the stand-ins in place of their parameters."""
         places = self._find_places(module)
+        gone = [name for own, name, parameter in places.parameters if own.get(name) is not parameter]
+        if gone:
+            raise ConsumedError(
+                f"a parameter of the model was replaced by another since the call began ({', '.join(gone)}); expected "
+                "the same ones until its backward is done"
+            )
         self._thread = threading.get_ident()
         try:
             for own, name, parameter in places.parameters:
@@ -226,6 +238,7 @@ class Gather:
                 forward.tie(self, stand_in)
                 layer.__dict__["forward"] = forward
             yield
+            self._refuse_replaced(places)
         finally:
             for layer, forward, _ in places.fused:
                 forward.tie(None, None)
@@ -235,6 +248,17 @@ class Gather:
             for rnn in places.recurrent:
                 _refresh_flat_weights(rnn)
             self._thread = None
+
+    def _refuse_replaced(self, places: _Places) -> None:
+        """Raise if the model put another tensor, or another memory, in place of one of its parameters."""
+        for own, name, parameter in places.parameters:
+            stand_in = self._stand_ins[id(parameter)]
+            same = own.get(name) is stand_in
+            if not same or (type(parameter) is nn.Parameter and stand_in.data_ptr() != parameter.data_ptr()):
+                raise ModelError(
+                    f"parameters were written to while a chunk ran: {name} was replaced. The chunks before and after "
+                    "would use other weights, and the gradient would belong to neither. Change weights between calls"
+                )
 
     def _find_places(self, module: nn.Module) -> _Places:
         """Looked up once, entered once per chunk."""
@@ -274,7 +298,7 @@ class Gather:
             assert gather is not None
             assert gradient is not None
             if name in gather._sinks:
-                gather._sinks[name](gradient)
+                gather._sinks[name](gradient.clone())  # the sink's to keep: autograd may have given others a view
             elif name in gather._wide:
                 gather._wide[name] += gradient
             else:

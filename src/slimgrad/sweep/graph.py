@@ -17,7 +17,17 @@ _ORDINARY, _LEAF, _COUNTED = range(3)
 _kinds: dict[type, int] = {}
 
 
-def find_strangers(roots: Iterable[Tensor], known: Sequence[GradientEdge]) -> tuple[list[Tensor], bool]:
+def node_of(root: Tensor | GradientEdge) -> Any:
+    """The node of autograd's graph that a root hangs on; None for a tensor without one."""
+    return root.node if isinstance(root, GradientEdge) else root.grad_fn
+
+
+def is_leaf(node: Any) -> bool:
+    """Whether gradients end here, in a leaf's `.grad`."""
+    return type(node).__name__ == "AccumulateGrad"
+
+
+def find_strangers(roots: Iterable[Tensor | GradientEdge], known: Sequence[GradientEdge]) -> tuple[list[Tensor], bool]:
     """What the graph below `roots` ends in beside `known`, and whether an embedding scales by its tokens' counts.
 
     Returns:
@@ -28,7 +38,7 @@ def find_strangers(roots: Iterable[Tensor], known: Sequence[GradientEdge]) -> tu
     seen: set[Any] = {edge.node for edge in known}
     pending: list[Any] = []
     for root in roots:
-        node = root.grad_fn
+        node = node_of(root)
         if node is not None and node not in seen:
             seen.add(node)
             pending.append(node)

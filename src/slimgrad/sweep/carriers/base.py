@@ -17,6 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from slimgrad.errors import ModelError, StateMismatchError
 from slimgrad.sweep.store import Store
@@ -34,9 +35,9 @@ class Mode(Enum):
 
 
 class Root(NamedTuple):
-    """A tensor of the chunk's graph, and the cotangent that enters there."""
+    """A tensor of the chunk's graph (or its edge, where it may be written to since), and the cotangent at it."""
 
-    tensor: Tensor
+    tensor: Tensor | GradientEdge
     cotangent: Tensor
 
 

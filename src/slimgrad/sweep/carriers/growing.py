@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from slimgrad.errors import ModelError
 from slimgrad.sweep.carriers.base import Carrier, Root, mismatch
@@ -57,6 +58,7 @@ class GrowingCarrier(Carrier[int]):
         self._bound: Growing | None = None
         self._following: Growing | None = None
         self._rows: Tensor | None = None
+        self._edge: GradientEdge | None = None
         self._anchor: Tensor | None = None
 
     @property
@@ -74,13 +76,13 @@ class GrowingCarrier(Carrier[int]):
     def add_gradient(self, g: Tensor) -> None:
         """Add to the adjoint of the first rows."""
         if self._gradient is None:
-            wide = torch.promote_types(g.dtype, torch.float32)
+            wide = torch.promote_types(self._buffer.dtype, torch.float32)
             shape = (self._buffer.shape[0], self._written, *self._buffer.shape[2:])
             self._gradient = torch.zeros(shape, dtype=wide, device=g.device)
         self._gradient[:, : g.shape[1]] += g
 
     def _bind(self) -> Growing:
-        self._following = self._rows = None
+        self._following = self._rows = self._edge = None
         if self.chunk == len(self._starts):
             self._starts.append(self._length)
         self._length = self._starts[self.chunk]
@@ -110,7 +112,9 @@ class GrowingCarrier(Carrier[int]):
             all_rows = cast(Tensor, _Append.apply(rows, self._anchor, self, start))
         following = Growing(all_rows, _link=SPENT)
         if not self.in_backward:
-            self._rows, self._following = rows, following
+            # the edge as it is now: the model may go on to write to these rows in place
+            self._edge = get_gradient_edge(rows) if rows.requires_grad else None
+            self._rows, self._following = rows.detach(), following
         return all_rows, following
 
     def _write(self, rows: Tensor, start: int, stop: int) -> None:
@@ -136,10 +140,10 @@ class GrowingCarrier(Carrier[int]):
             raise mismatch(self.name, self.chunk)
 
     def roots(self) -> list[Root]:
-        if self._rows is None or self._gradient is None or not self._rows.requires_grad:
+        if self._rows is None or self._gradient is None or self._edge is None:
             return []
         start = self.length
-        return [Root(self._rows, self._gradient[:, start : start + self._rows.shape[1]].to(self._rows.dtype))]
+        return [Root(self._edge, self._gradient[:, start : start + self._rows.shape[1]].to(self._rows.dtype))]
 
     def sources(self) -> list[Tensor]:
         return [] if self._anchor is None else [self._anchor]
@@ -147,7 +151,7 @@ class GrowingCarrier(Carrier[int]):
     def settle(self) -> None:
         if self.reverses:
             self._length = self.length
-        self._bound = self._following = self._rows = self._anchor = None
+        self._bound = self._following = self._rows = self._edge = self._anchor = None
 
     def keep(self, store: Store, *, rolls_back: bool) -> int | None:
         return None if rolls_back else self._length

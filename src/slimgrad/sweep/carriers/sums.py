@@ -94,7 +94,7 @@ class SumCarrier(Carrier[tuple[Handle, Snapshot]]):
             before = before.detach().requires_grad_(torch.is_grad_enabled())  # in both sweeps: kernels depend on it
         self._before, self._after = before, after
         if self.logs and self.mode is Mode.FROM_BEFORE:
-            self._delta = delta.detach()  # to go back from the last chunk
+            self._delta = delta.detach().clone()  # to go back from the last chunk, whatever the model writes to it
         self._following = self._follow(before, delta, after)
         return before, self._following
 
