@@ -18,5 +18,8 @@ def _seed() -> None:
 
 
 def pytest_runtest_setup() -> None:
-    """One thread again, whatever the test before left: a run that is resumed here brings its own number with it."""
+    """One thread and gradients again, whatever the test before left: a resumed run brings its own number of threads, and
+    a signal that comes just as `torch.no_grad` ends may leave gradients off.
+    """
     torch.set_num_threads(1)
+    torch.set_grad_enabled(True)

@@ -1,4 +1,4 @@
-"""The face: exact gradients of any causal model over a sequence of any length, chunk by chunk.
+"""The public functions: exact gradients of any causal model over a sequence of any length, chunk by chunk.
 
 `backward` leaves parameter gradients in `.grad`; `loss` and `token_loss` return tensors to call `.backward()` on;
 `Chunked` is the module that data parallelism wraps; `evaluate` goes forward only. `verify` (in `verification`) says
@@ -55,7 +55,8 @@ def backward(
         loss_fn: (outputs, targets) -> the sum over a chunk, or a dict with "loss" and additive metrics. Default:
             cross-entropy in nats.
         normalizer: "targets" (their count over all sequences), a number, or a 0-d tensor.
-        state: the state to start from instead of `model.initial_state(batch)`.
+        state: the state to start from instead of `model.initial_state(batch)`. Its tensors that require gradients get
+            theirs, like those of inputs and context.
         final_state_grad: the gradient of the final state, from whoever goes on with it: the state's tree, with a
             tensor or None for each leaf.
         on_chunk: called with an `Event` after every chunk.
@@ -66,8 +67,11 @@ def backward(
         A `Result`.
 
     Raises:
-        InputError, ModelError: before any work, or in the first chunk. `.grad` is then as it was.
-        SweepError: where the gradient would not be exact.
+        InputError: an argument does not fit: before any work; what `loss_fn` returns: when it is first called.
+        ModelError: the model does not follow the protocol, or a gradient would be lost.
+        SweepError: the gradient would not be exact (StateMismatchError, NonFiniteError).
+        StorageError: states that are kept on disk find no room.
+        In each case `.grad` is as it was; what a sink took before stays taken.
 
     Cost: plain backpropagation plus one forward pass without heads; memory of one chunk's graph, the kept states, the
     gradients. Source: Algorithm 1, "Sub-Linear Memory: How to Make Performers SLiM".
@@ -145,7 +149,8 @@ def loss(
 
     So loss scaling, gradient accumulation and further terms work as with any loss. The forward sweep runs the head,
     which `backward` need not: this costs one more head per chunk. A second `.backward()` is refused, and so is one
-    after a parameter changed. Arguments as in `backward`; gradients reach parameters, inputs, context and state.
+    after a parameter, an input or a state changed (ConsumedError), or where a chunk's loss comes out differently
+    (LossMismatchError). Arguments as in `backward`; gradients reach parameters, inputs, context and state.
     """
     refuse_unsynchronised(model)
     options = Options(context, chunk, schedule, loss_fn or cross_entropy_sum, normalizer, state, on_chunk)
