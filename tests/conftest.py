@@ -20,8 +20,8 @@ def _seed() -> None:
 def pytest_runtest_setup() -> None:
     """One thread and gradients again, whatever the test before left.
 
-    A resumed run brings its own number of threads, and
-    a signal that comes just as `torch.no_grad` ends may leave gradients off.
+    A resumed run brings its own number of threads; a signal that comes just as `torch.no_grad` ends may leave gradients
+    off.
     """
     torch.set_num_threads(1)
     torch.set_grad_enabled(True)
