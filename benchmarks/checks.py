@@ -3,8 +3,8 @@
     python -m benchmarks.checks             # about two minutes; writes results/checks.json
 
 `search` is the walk through each chunk's graph for leaves that nobody gathers, `notes` the looks at the modules'
-attributes, `guard` the versions of weights and buffers, `bits` the checksums of states. Processor seconds, counted
-within the call itself, with the clock's own cost.
+attributes, `guard` the versions of weights and buffers, `bits` the checksums of states, `read` those of what was read.
+Processor seconds, counted within the call itself, with the clock's own cost.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from torch import nn
 import slimgrad as sg
 from benchmarks.compiled import GatedLoop
 from benchmarks.measure import save
-from slimgrad import chunks, guard, watch
+from slimgrad.call import guard, watch
+from slimgrad.call import model as shared
+from slimgrad.call.source import SequenceData
 from slimgrad.models import Performer, PerformerConfig
-from slimgrad.sweep.carriers import Carrier, SumCarrier, TensorCarrier
+from slimgrad.states.sums import SumCarrier
+from slimgrad.states.tensors import TensorCarrier
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], int]] = {
     "gated loop, 1,024 steps a chunk": (GatedLoop, (8, 4096, 64), 1024),
@@ -62,12 +65,12 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
     clock = Clock()
-    clock.around(chunks, "find_strangers", "search")
+    clock.around(shared, "find_strangers", "search")
     clock.around(watch.Notes, "__init__", "notes")
     clock.around(guard.Guard, "_weights", "guard")
-    kinds: list[type[Carrier[Any]]] = [SumCarrier, TensorCarrier]
-    for kind in kinds:
+    for kind in (SumCarrier, TensorCarrier):
         clock.around(kind, "checksum", "bits")
+    clock.around(SequenceData, "checksums", "read")
     rows: list[dict[str, Any]] = []
     for case, (build, (batch, length, vocabulary), chunk) in CASES.items():
         torch.manual_seed(0)

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import slimgrad as sg
+from slimgrad.call.losses import cross_entropy_sum
 from slimgrad.experiments.peak import MALLOC, describe_machine, measure_peak
-from slimgrad.losses import cross_entropy_sum
 from slimgrad.models import Performer, PerformerConfig, get_preset
 from slimgrad.train.gradient import layers_computed_twice
 

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map
 import slimgrad as sg
 from benchmarks.measure import Case, save
 from slimgrad.models import Performer, PerformerConfig
-from slimgrad.sweep.accumulator import Accumulator
+from slimgrad.states.accumulator import Accumulator
 
 SCALES = [0, -12, -24, -40, -60]  # powers of two
 CONTRIBUTIONS, ELEMENTS = 500, 64

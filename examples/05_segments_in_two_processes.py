@@ -1,33 +1,35 @@
-"""One sequence, two holders: each has half of the tokens, and only state and adjoint travel between them.
+"""One sequence over two processes: each has half of the tokens; only a state and its gradient travel.
 
     python examples/05_segments_in_two_processes.py
 
-    holder 0:  forward over the first half   --- final state ------->  holder 1: backward over the second half,
-    holder 0:  backward over the first half  <-- gradient of state --            starting from that state
+    process 0:  forward over its half   --- the state after it ------>  process 1:  forward over its half,
+    process 0:  back over its half      <-- gradient of that state ---  process 1:  back over its half
 
-What travels has the size of the model's state, whatever the length of the halves. The two gradients add up to the
-gradient of the whole sequence, which a third computation checks. The holders here are processes joined by a pipe; they
-could as well be two machines, or one machine on two days with a file in between.
+What travels has the size of the model's state, whatever the length of the halves, and no half is swept twice: a
+`Segment` keeps what its way back needs while it waits for the other. The gradients are summed as in data parallelism.
+More processes need no other code. They could as well be machines, or days: a `Segment` can be saved at any moment.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import pickle
-from multiprocessing.connection import Connection
-from typing import Any
+import tempfile
+from collections import Counter
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import slimgrad as sg
 from slimgrad.models import Performer, PerformerConfig
 
-LENGTH, CUT, CHUNK = 1000, 430, 128
+LENGTH, CHUNK = 1000, 64
+PARTS = [slice(0, 430), slice(430, LENGTH)]
 
 
 def build() -> tuple[Performer, Tensor, Tensor]:
-    """The same model everywhere, and the sequence, of which each holder takes its part."""
+    """The same model everywhere, and the sequence, of which each process takes its part."""
     torch.manual_seed(0)
     model = Performer(PerformerConfig(layers=2, width=32, heads=2)).double()
     tokens = torch.randint(0, 256, (1, LENGTH))
@@ -35,55 +37,59 @@ def build() -> tuple[Performer, Tensor, Tensor]:
     return model, tokens, torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
 
 
-def gradients(model: Performer) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def send(pipe: Connection, what: Any) -> int:
-    """Send anything; return its bytes. A sum is sent as it is: its state object pickles."""
-    data = pickle.dumps(what)
-    pipe.send_bytes(data)
-    return len(data)
-
-
-def second_holder(pipe: Connection) -> None:
-    """Has the second half. Receives the state before it, sends back the gradient of that state."""
+def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder, "store")), len(PARTS))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=len(PARTS))
+    is_first, is_last = rank == 0, rank == len(PARTS) - 1
     model, tokens, targets = build()
-    state = pickle.loads(pipe.recv_bytes())
-    result = sg.backward(
-        model, tokens[:, CUT:], targets[:, CUT:], chunk=CHUNK, state=state, normalizer=LENGTH - 1
-    )  # the normaliser is that of the whole sequence
-    send(pipe, result.initial_state_grad)
-    send(pipe, (gradients(model), float(result.loss)))
+    swept: Counter[str] = Counter()
+
+    state = None if is_first else sg.receive_state(rank - 1)
+    segment = sg.Segment(
+        model,
+        tokens[:, PARTS[rank]],
+        targets[:, PARTS[rank]],
+        chunk=CHUNK,
+        state=state,
+        on_chunk=lambda event: swept.update([event.phase]),
+    )
+    state = segment.forward()
+    sent = 0 if is_last else sg.send_state(state, rank + 1)
+
+    gradient = None if is_last else sg.receive_state(rank + 1)
+    result = segment.reverse(1 / (LENGTH - 1), gradient)  # one over the number of targets of the whole sequence
+    sent += 0 if is_first else sg.send_state(result.initial_state_grad, rank - 1)
+
+    for x in (result.loss, *(p.grad for p in model.parameters())):
+        dist.reduce(x, 0)
+    chunks = f"{swept['forward']} chunks forward, {swept['reverse']} back"
+    print(f"process {rank}: {chunks}; {sent:,} bytes sent", flush=True)
+    if is_first:
+        compare(model, result.loss)
+    dist.destroy_process_group()
+
+
+def compare(model: Performer, loss: Tensor) -> None:
+    """With one process that has all of the sequence."""
+    alone, tokens, targets = build()
+    whole = sg.backward(alone, tokens, targets, chunk=CHUNK)
+    pairs = [(p.grad, q.grad) for p, q in zip(model.parameters(), alone.parameters(), strict=True)]
+    error = max(float((got - expected).norm() / expected.norm()) for got, expected in pairs)
+    print(f"loss in two parts {float(loss):.6f}, whole {float(whole.loss):.6f}")
+    print(f"two processes against one: gradients differ by at most {error:.1e}")
+    assert error < 1e-12
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     context = multiprocessing.get_context("spawn")
-    pipe, other_end = context.Pipe()
-    process = context.Process(target=second_holder, args=(other_end,))
-    process.start()
-    other_end.close()
-
-    model, tokens, targets = build()
-    first = (tokens[:, :CUT], targets[:, :CUT])
-    state = sg.evaluate(model, *first, chunk=CHUNK).final_state
-    print(f"state sent:             {send(pipe, state):>7,} bytes")
-    data = pipe.recv_bytes()
-    print(f"its gradient returned:  {len(data):>7,} bytes")
-    result = sg.backward(model, *first, chunk=CHUNK, normalizer=LENGTH - 1, final_state_grad=pickle.loads(data))
-    theirs, their_loss = pickle.loads(pipe.recv_bytes())
-    process.join()
-    together = {name: gradient + theirs[name] for name, gradient in gradients(model).items()}
-
-    model.zero_grad()
-    whole = sg.backward(model, tokens, targets, chunk=CHUNK)
-    squares = [(float((together[n] - g).norm()) ** 2, float(g.norm()) ** 2) for n, g in gradients(model).items()]
-    error = (sum(d for d, _ in squares) / sum(g for _, g in squares)) ** 0.5
-    print(f"loss in two parts {float(result.loss) + their_loss:.6f}, whole {float(whole.loss):.6f}")
-    print(f"two holders against one: gradients differ by {error:.1e}")
-    assert error < 1e-12
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [context.Process(target=worker, args=(rank, folder)) for rank in range(len(PARTS))]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    assert all(process.exitcode == 0 for process in processes)
 
 
 if __name__ == "__main__":

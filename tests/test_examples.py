@@ -15,8 +15,9 @@ KEY_LINES = {
     "02_your_own_model.py": "GatedRecurrence: exact; recalls",
     "03_key_value_cache.py": "going on from a cache of 100 rows",
     "04_packed_documents.py": "packed documents: exact",
-    "05_segments_in_two_processes.py": "two holders against one: gradients differ by",
+    "05_segments_in_two_processes.py": "two processes against one: gradients differ by at most",
     "06_data_parallel.py": "process 1 of 2: its gradients differ from one process by at most",
+    "07_preference_loss.py": "preference between two sequences: gradients differ by",
 }
 
 

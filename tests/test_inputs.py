@@ -455,7 +455,7 @@ def test_the_result_says_what_was_counted() -> None:
 def test_chunked_is_a_module() -> None:
     model = GatedRecurrence()
     chunked = sg.Chunked(model, chunk=7, schedule=sg.Keep())
-    assert "chunk=7, schedule=Keep(store='device')" in repr(chunked)
+    assert "chunk=7, schedule=Keep(store='device', rows='device')" in repr(chunked)
     assert {name for name, _ in chunked.named_parameters()} == {f"model.{n}" for n, _ in model.named_parameters()}
     loss = chunked(TOKENS)
     assert float(loss.detach()) == float(sg.evaluate(model, TOKENS, chunk=7).loss)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import slimgrad as sg
-from tests.contract.contract import collect, explicit, plain, worst_error
+from tests.contract.contract import collect, explicit, plain, spans, worst_error
 from tests.toy_models import AllKinds, GatedRecurrence
 
 TOKENS = torch.arange(2 * 40).reshape(2, 40) * 7 % 13
@@ -177,10 +177,10 @@ def test_parts_of_a_state_left_untouched(schedule: sg.Schedule, chunk: int) -> N
     for leaf in leaves:
         (leaf.retain_grad if leaf.requires_grad else leaf.requires_grad_)()
     targets, total, now = explicit(TOKENS, None), 0.0, state
-    for start in range(0, 40, chunk):
-        outputs, now = model(TOKENS[:, start : start + chunk], now)
+    for start, stop in spans(40, chunk):
+        outputs, now = model(TOKENS[:, start:stop], now)
         total = total + F.cross_entropy(
-            outputs.flatten(0, 1), targets[:, start : start + chunk].flatten(), reduction="sum", ignore_index=-100
+            outputs.flatten(0, 1), targets[:, start:stop].flatten(), reduction="sum", ignore_index=-100
         )
     (total / 78).backward()
     expected = collect(model, None, [leaf.grad for leaf in leaves])

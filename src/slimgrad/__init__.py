@@ -4,8 +4,12 @@ import slimgrad as sg
 result = sg.backward(model, tokens, chunk=4096)    # parameter gradients are in .grad
 """
 
-from slimgrad.api import Chunked, backward, evaluate, loss, token_loss
-from slimgrad.call import Result
+from slimgrad.api import Chunked, backward, evaluate, loss, outputs, token_loss
+from slimgrad.call.arguments import Result
+from slimgrad.call.protocol import CausalModel
+from slimgrad.call.segment import Segment
+from slimgrad.call.source import Reader
+from slimgrad.call.travel import receive_state, send_state
 from slimgrad.errors import (
     ConsumedError,
     InputError,
@@ -19,10 +23,17 @@ from slimgrad.errors import (
     StorageError,
     SweepError,
 )
-from slimgrad.protocol import CausalModel
-from slimgrad.step_verification import StepReport, verify_step
-from slimgrad.sweep import Binomial, Event, Every, Growing, Keep, PrefixSum, Rebuild, Schedule
-from slimgrad.verification import Report, verify
+from slimgrad.gradients.sink import SavedSink
+from slimgrad.states.base import State
+from slimgrad.states.rows import Growing
+from slimgrad.states.sums import PrefixSum
+from slimgrad.sweep.program import Event
+from slimgrad.sweep.schedules.base import Schedule
+from slimgrad.sweep.schedules.binomial import Binomial
+from slimgrad.sweep.schedules.every import Every
+from slimgrad.sweep.schedules.keep import Keep, Rebuild
+from slimgrad.verification.model import Report, verify
+from slimgrad.verification.step import StepReport, verify_step
 
 __version__ = "0.1.0"
 
@@ -41,12 +52,16 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "PrefixSum",
+    "Reader",
     "Rebuild",
     "Report",
     "Result",
     "RunError",
+    "SavedSink",
     "Schedule",
+    "Segment",
     "SlimgradError",
+    "State",
     "StateMismatchError",
     "StepReport",
     "StorageError",
@@ -54,6 +69,9 @@ __all__ = [
     "backward",
     "evaluate",
     "loss",
+    "outputs",
+    "receive_state",
+    "send_state",
     "token_loss",
     "verify",
     "verify_step",

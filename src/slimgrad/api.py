@@ -1,6 +1,6 @@
 """The public functions: exact gradients of any causal model over a sequence of any length, chunk by chunk.
 
-`backward` leaves parameter gradients in `.grad`; `loss` and `token_loss` return tensors to call `.backward()` on;
+`backward` leaves parameter gradients in `.grad`; `outputs`, `loss` and `token_loss` return tensors to go back from;
 `Chunked` is the module that data parallelism wraps; `evaluate` goes forward only. `verify` (in `verification`) says
 whether it is all really exact.
 """
@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from slimgrad.call import Call, LossFn, Normalizer, OnChunk, Options, Result, differentiable_losses
-from slimgrad.losses import cross_entropy_sum, token_cross_entropy
-from slimgrad.parallel import one_thread_at_a_time, refuse_unsynchronised
-from slimgrad.protocol import require_causal_model
+from slimgrad.call.arguments import Call, Normalizer, Options, Result
+from slimgrad.call.losses import cross_entropy_sum, token_cross_entropy
+from slimgrad.call.outputs import loss_of, outputs_of
+from slimgrad.call.parallel import one_thread_at_a_time, refuse_unsynchronised
+from slimgrad.call.program import LossFn
+from slimgrad.call.protocol import require_causal_model
+from slimgrad.gradients.sink import Sink
 from slimgrad.sweep.compiled import not_traced
-from slimgrad.sweep.gather import Sink
-from slimgrad.sweep.schedule import Binomial, Schedule
+from slimgrad.sweep.program import OnChunk
+from slimgrad.sweep.schedules.base import Schedule
 
 DEFAULT_CHUNK = 4096
 
@@ -46,11 +50,11 @@ def backward(
 
     Args:
         model: a causal model (see `CausalModel`).
-        inputs: a tensor `[batch, time, ...]`, a pytree (dicts, tuples) of them, or a list of such sequences, each of
+        inputs: a tensor `[batch, time, ...]`, a pytree (dicts, tuples) of them, a `Reader`, or a list of these, each of
             which starts from the initial state (packed documents; 1-D tensors stand for a batch of one).
         targets: likewise; -100 is ignored. None: the next token, the last having no target.
         context: passed whole to every chunk as the model's third argument (images, an encoder's output).
-        chunk: tokens whose graph lives at once.
+        chunk: tokens whose graph lives at once; a remainder of one token joins the chunk before it.
         schedule: how the states before each chunk are found again; None chooses, and logs the choice.
         loss_fn: (outputs, targets) -> the sum over a chunk, or a dict with "loss" and additive metrics. Default:
             cross-entropy in nats.
@@ -70,6 +74,7 @@ def backward(
         InputError: an argument does not fit: before any work; what `loss_fn` returns: when it is first called.
         ModelError: the model does not follow the protocol, or a gradient would be lost.
         SweepError: the gradient would not be exact (StateMismatchError, NonFiniteError).
+        MemoryLimitError: a chunk does not fit into memory, and cannot be taken in parts (which is tried, and logged).
         StorageError: states that are kept on disk find no room.
         In each case `.grad` is as it was; what a sink took before stays taken.
 
@@ -99,8 +104,9 @@ def backward(
             started.run.forward()
             if index == 0:
                 call.refuse_gathered()
-            initial_grads.append(started.reverse(call.loss_grad, gradient))
-            final_states.append(started.run.final_state)
+            cotangent = call.loss_grad
+            initial_grads.append(started.reverse(lambda _, cotangent=cotangent: [cotangent], gradient))
+            final_states.append(started.run.progress.final_state)
         call.deliver(initial_grads)
     return call.result(final_states, initial_grads)
 
@@ -123,10 +129,10 @@ def evaluate(
     Arguments and result as in `backward`; the gradients of the result are None. The model runs in the mode it is in:
     call `model.eval()` first to turn dropout off.
     """
-    options = Options(context, chunk, Binomial(1), loss_fn or cross_entropy_sum, normalizer, state, on_chunk)
+    options = Options(context, chunk, None, loss_fn or cross_entropy_sum, normalizer, state, on_chunk)
     call = Call(model, inputs, targets, options)
     final_states = [
-        call.start(index, verify_bits=False).run.forward(losses=True) for index in range(len(call.sequences))
+        call.start(index, differentiates=False).run.forward(head=True) for index in range(len(call.sequences))
     ]
     return call.result(final_states, None)
 
@@ -152,9 +158,9 @@ def loss(
     after a parameter, an input or a state changed (ConsumedError), or where a chunk's loss comes out differently
     (LossMismatchError). Arguments as in `backward`; gradients reach parameters, inputs, context and state.
     """
-    refuse_unsynchronised(model)
+    refuse_unsynchronised(model, through_autograd=True)
     options = Options(context, chunk, schedule, loss_fn or cross_entropy_sum, normalizer, state, on_chunk)
-    return differentiable_losses(Call(model, inputs, targets, options, gathers=True))[0]
+    return loss_of(Call(model, inputs, targets, options, gathers=_wants_gradients()))
 
 
 @not_traced
@@ -175,11 +181,55 @@ def token_loss(
     Zero where the target is ignored. `loss_fn` returns `[batch, time]` of its chunk. For a list of sequences, a list.
     Otherwise as `loss`.
     """
-    refuse_unsynchronised(model)
+    refuse_unsynchronised(model, through_autograd=True)
     options = Options(context, chunk, schedule, loss_fn or token_cross_entropy, 1, state, on_chunk)
-    call = Call(model, inputs, targets, options, gathers=True, per_token=True)
-    losses = differentiable_losses(call)
-    return list(losses) if call.is_list else losses[0]
+    call = Call(model, inputs, targets, options, gathers=_wants_gradients(), per_token=True)
+    losses = [along[0] for along in outputs_of(call)]
+    return losses if call.is_list else losses[0]
+
+
+@not_traced
+def outputs(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    context: Any = None,
+    chunk: int = DEFAULT_CHUNK,
+    schedule: Schedule | None = None,
+    state: Any = None,
+    on_chunk: OnChunk | None = None,
+) -> Any:
+    """The model's outputs along the whole sequence, differentiable: for losses that belong to somebody else.
+
+    Whatever is computed from them (a loss over the last step, a mean per document, a preference between two sequences)
+    is ordinary PyTorch; its `.backward()` runs the reverse sweep. Memory: the outputs and their gradient, linear in the
+    length and as wide as they are; where only a loss is wanted, `backward` and `loss` hold nothing per token. A second
+    `.backward()` is refused. Under `torch.no_grad()` it is a plain pass in chunks.
+
+    Args:
+        model, inputs, context, chunk, schedule, state, on_chunk: as in `backward`.
+
+    Returns:
+        What `forward` returns as its outputs: a tensor `[batch, time, ...]`, or a tree of them; for a list of
+        sequences, a list. Gradients reach parameters, inputs, context and state.
+
+    Raises:
+        ModelError: an output is no tensor with a time axis, or comes in another shape or dtype in a later chunk.
+
+    Example:
+        >>> hidden = outputs(model, tokens, chunk=1024)    # tokens: [1, 1_000_000]
+        >>> classifier(hidden[:, -1]).logsumexp(-1).sum().backward()
+    """
+    refuse_unsynchronised(model, through_autograd=True)
+    options = Options(context, chunk, schedule, None, 1, state, on_chunk)
+    call = Call(model, inputs, None, options, gathers=torch.is_grad_enabled())
+    trees = [one.outputs_of(along) for one, along in zip(call.sequences, outputs_of(call), strict=True)]
+    return trees if call.is_list else trees[0]
+
+
+def _wants_gradients() -> bool:
+    """Whether a call should be ready for a backward; within `torch.inference_mode` it is then refused."""
+    return torch.is_grad_enabled() or torch.is_inference_mode_enabled()
 
 
 class Chunked(nn.Module):
@@ -218,7 +268,7 @@ class Chunked(nn.Module):
         """The loss, as `slimgrad.loss` returns it."""
         loss_fn = self.loss_fn or cross_entropy_sum
         options = Options(context, self.chunk, self.schedule, loss_fn, normalizer, state, None)
-        return differentiable_losses(Call(self.model, inputs, targets, options, gathers=True))[0]
+        return loss_of(Call(self.model, inputs, targets, options, gathers=_wants_gradients()))
 
     def extra_repr(self) -> str:
         """The knobs, for `print`."""

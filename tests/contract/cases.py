@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from slimgrad.experiments.kinds import Cached, Gated, Windowed
 from tests.toy_models import AllKinds, CachedAttention, GatedRecurrence, LinearAttention, Signals
@@ -44,6 +45,13 @@ def signals() -> Built:
     targets = torch.randint(0, 5, (BATCH, LENGTH))
     targets[0, 11:40] = -100
     return Signals().double().eval(), inputs, targets
+
+
+def shortened(build: Callable[[], Built], length: int) -> Built:
+    """The first tokens alone, with a target for each: of next tokens the last would have none, and not count."""
+    model, inputs, targets = build()
+    targets = tokens() if targets is None else targets
+    return model, tree_map(lambda x: x[:, :length], inputs), targets[:, :length]
 
 
 CASES: list[tuple[str, Callable[[], Built]]] = [

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import slimgrad as sg
-from tests.contract.contract import explicit, worst_error
+from tests.contract.contract import explicit, spans, worst_error
 
 TOLERANCE = 1e-12  # measured over all checks: at most 2e-15
 TOKENS = torch.arange(2 * 40).reshape(2, 40) * 7 % 11
@@ -77,8 +77,7 @@ def plain_loss(
     targets = explicit(inputs, targets)
     state = model.initial_state(len(targets)) if state is None else state
     losses, time = [], targets.shape[1]
-    for start in range(0, time, chunk or time):
-        stop = start + (chunk or time)
+    for start, stop in spans(time, chunk or time):
         outputs, state = model(inputs[:, start:stop], state)
         losses.append(loss_fn(outputs, targets[:, start:stop]))
     return torch.stack(losses).sum() / int((targets.long() != -100).sum())
@@ -171,7 +170,7 @@ def a_foreign_tensor(where: str) -> None:
         lambda model: sg.loss(model, TOKENS, chunk=CHUNK, loss_fn=loss_fn).backward(),
     ):
         model = built(Foreign)
-        message = "the initial state" if where == "initial state" else r"chunk \d"
+        message = "the initial state" if where == "initial state" else r"tokens \d+ to \d+"
         if not refused(
             rf"{message}: the loss depends on a tensor of shape \(8,\) that requires gradients", partial(way, model)
         ):
@@ -255,7 +254,11 @@ class Scaled(Net):
 
 def changed_between(change: Callable[[Any], None], message: str = "$^") -> None:
     """What a loss was computed with counts, whatever changes before its backward: it is put back, or refused."""
-    for call in (sg.loss, lambda *args, **options: sg.token_loss(*args, **options).sum() / 78):
+    for call in (
+        sg.loss,
+        lambda *args, **options: sg.token_loss(*args, **options).sum() / 78,
+        lambda *args, **options: total(sg.outputs(*args, **options), explicit(TOKENS, None)) / 78,
+    ):
         model = built(Scaled)
         expected = plain_grads(model)
         loss = call(model, TOKENS, chunk=CHUNK)
@@ -364,7 +367,9 @@ def a_state_that_begins_as_none() -> None:
 
     model = built(Cell)
     both_ways(
-        r"began as None and came back as a tensor \[2, 8\] in chunk 0.*Begin with zeros", model, plain_grads(model)
+        r"began as None and came back as a tensor \[2, 8\] in tokens 0 to 8.*Begin with zeros",
+        model,
+        plain_grads(model),
     )
 
 
@@ -517,7 +522,7 @@ def a_second_sweep_on_a_model() -> None:
             said.append(str(error))
 
     def meanwhile(event: sg.Event) -> None:
-        if event.phase == "reverse" and event.chunk == 2:
+        if event.phase == "reverse" and event.start == 2 * CHUNK:
             thread = threading.Thread(target=second)
             thread.start()
             thread.join()

@@ -11,13 +11,19 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 import slimgrad as sg
-from slimgrad import api, call, chunks, guard, losses, watch
-from slimgrad.sweep import gather, random, witness
-from slimgrad.sweep.carriers import plain
-from slimgrad.sweep.fused import Fused
-from slimgrad.sweep.gather import Gather
+from slimgrad import api
+from slimgrad.call import guard, losses, model, outputs, program, source, watch
+from slimgrad.call.arguments import Call
+from slimgrad.gradients import buffers
+from slimgrad.gradients.buffers import Gather
+from slimgrad.gradients.fused import Fused
+from slimgrad.states import rows, values
+from slimgrad.states.tensors import TensorCarrier
+from slimgrad.sweep import progress, random, run
+from slimgrad.sweep.witness import Witness
 from tests.contract import kinds
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -28,12 +34,12 @@ def replaced(owner: Any, name: str, value: Any) -> Patch:
 
 
 def no_strangers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "find_strangers", lambda roots, known: ([], False))
+    monkeypatch.setattr(model, "find_strangers", lambda roots, known: ([], False))
 
 
 def no_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     no_strangers(monkeypatch)
-    monkeypatch.setattr(chunks, "refuse_by_options", lambda model, takes: set())
+    monkeypatch.setattr(model, "refuse_by_options", lambda model, takes: set())
 
 
 def untouched(*args: Any, **options: Any) -> Any:
@@ -45,29 +51,38 @@ def unwatched(self: Any, method: str, call: Any, state: Any, reseeded: Any) -> A
 
 
 def unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("slimgrad.sweep.gather", "slimgrad.sweep.run", "slimgrad.sweep.carriers.growing"):
-        monkeypatch.setattr(f"{module}.refuse_escaped", lambda gradient: None)
-    monkeypatch.setattr(gather, "_only_inside", lambda owner: lambda gradient: None)
+    for module in (buffers, progress, rows):
+        monkeypatch.setattr(module, "refuse_escaped", lambda gradient: None)
+    monkeypatch.setattr(run, "graphless", torch.enable_grad)
+    monkeypatch.setattr(buffers, "_only_inside", lambda owner: lambda gradient: None)
+
+
+def any_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (api, outputs):
+        monkeypatch.setattr(module, "one_thread_at_a_time", untouched)
 
 
 def unguarded_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     unguarded(monkeypatch)
-    monkeypatch.setattr(api, "one_thread_at_a_time", untouched)
+    any_thread(monkeypatch)
 
 
 def anything_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plain, "is_plain_value", lambda x: True)
+    monkeypatch.setattr(values, "is_plain_value", lambda x: True)
 
 
 def fused_whatever_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(self: Any, x: Any) -> Any:
-        from slimgrad.sweep.fused import _Embedding, _Linear
+        from slimgrad.gradients.fused import _Embedding, _Linear
 
         weight, gather = self._stand_in, self._gather
         apply = _Linear.apply if self._is_linear else _Embedding.apply
         return apply(x, weight, self._parameters["bias"], gather) if self._is_linear else apply(x, weight, gather)
 
     monkeypatch.setattr(Fused, "__call__", forward)
+
+
+uncompared_losses = replaced(Witness, "compare_loss", lambda self, span, numbers: None)
 
 
 def no_copy(self: Any) -> Any:
@@ -79,17 +94,17 @@ def counted_narrow(targets: Any, batch: int, time: int) -> int:
 
 
 KINDS: list[tuple[Callable[[], None], Patch | None]] = [
-    (kinds.unsigned_targets, replaced(call, "count_targets", counted_narrow)),
-    (kinds.a_mean_over_the_chunk, replaced(chunks, "is_mean_over_time", lambda *args: False)),
+    (kinds.unsigned_targets, replaced(source, "count_targets", counted_narrow)),
+    (kinds.a_mean_over_the_chunk, replaced(program, "is_mean_over_time", lambda *args: False)),
     *((partial(kinds.a_foreign_tensor, where), no_strangers) for where in ("state", "loss", "initial state")),
     (kinds.a_parameter_kept_beside, no_strangers),
     (kinds.targets_that_require_gradients, None),
-    (kinds.a_given_state_with_a_graph, replaced(call.Call, "deliver", lambda self, grads: self._gather.deliver())),
+    (kinds.a_given_state_with_a_graph, replaced(Call, "deliver", lambda self, grads: self.gather.deliver())),
     (kinds.counts_within_the_chunk, no_counts),
     (kinds.a_mode_changed_between, replaced(guard.CalledWith, "restored", untouched)),
     (kinds.an_attribute_changed_between, replaced(guard.CalledWith, "restored", untouched)),
-    (kinds.a_list_changed_between, replaced(witness.LossRecord, "check", lambda self, chunk, loss: None)),
-    (kinds.a_weight_changed_unseen, replaced(witness.LossRecord, "check", lambda self, chunk, loss: None)),
+    (kinds.a_list_changed_between, uncompared_losses),
+    (kinds.a_weight_changed_unseen, uncompared_losses),
     (kinds.a_frozen_weight_thawed_between, None),
     *(
         (partial(kinds.state_in_an_attribute, how), replaced(watch.Watch, "run", unwatched))
@@ -99,7 +114,7 @@ KINDS: list[tuple[Callable[[], None], Patch | None]] = [
     (kinds.state_in_an_object, anything_goes),
     (kinds.a_state_that_begins_as_none, None),
     (kinds.a_side_loss, unguarded),
-    (kinds.a_backward_within_forward, replaced(call.Call, "refuse_gathered", lambda self: None)),
+    (kinds.a_backward_within_forward, replaced(Call, "refuse_gathered", lambda self: None)),
     (kinds.a_parameter_written_on_the_way, None),
     (kinds.other_weights_by_functional_call, fused_whatever_the_weight),
     (
@@ -108,9 +123,9 @@ KINDS: list[tuple[Callable[[], None], Patch | None]] = [
     ),
     (kinds.backward_within_autocast, None),
     (kinds.two_models_that_draw, replaced(random, "_turn", contextlib.nullcontext())),
-    (kinds.a_second_sweep_on_a_model, replaced(api, "one_thread_at_a_time", untouched)),
+    (kinds.a_second_sweep_on_a_model, any_thread),
     (kinds.a_plain_backward_beside_a_sweep, unguarded_threads),
-    (kinds.a_final_state_is_a_copy, replaced(plain.TensorCarrier, "final", no_copy)),
+    (kinds.a_final_state_is_a_copy, replaced(TensorCarrier, "final", no_copy)),
 ]
 
 

@@ -13,15 +13,24 @@ import pytest
 from torch import Tensor
 
 import slimgrad as sg
-from slimgrad import api, chunks
-from slimgrad.call import Call, Started
-from slimgrad.losses import token_cross_entropy
-from slimgrad.sweep import accumulator
-from slimgrad.sweep.accumulator import Accumulator
-from slimgrad.sweep.carriers import GrowingCarrier, SumCarrier, TensorCarrier
-from slimgrad.sweep.gather import Gather
+from slimgrad import api
+from slimgrad.call import model as shared
+from slimgrad.call import outputs
+from slimgrad.call.arguments import Call, Started
+from slimgrad.call.losses import token_cross_entropy
+from slimgrad.call.program import ChunkProgram, Collected
+from slimgrad.call.source import Piece, SequenceData
+from slimgrad.gradients.buffers import Gather
+from slimgrad.states import accumulator
+from slimgrad.states.accumulator import Accumulator
+from slimgrad.states.rows import RowsCarrier
+from slimgrad.states.sums import SumCarrier
+from slimgrad.states.tensors import TensorCarrier
+from slimgrad.sweep import program
+from slimgrad.sweep.cut import Cut, Span
+from slimgrad.sweep.witness import Witness
 from tests.contract import contract
-from tests.contract.cases import CASES, tokens
+from tests.contract.cases import CASES, shortened, tokens
 from tests.toy_models import GatedRecurrence
 
 CHUNK = 9
@@ -41,41 +50,44 @@ def test_a_cut_state_gradient_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cut_state_gradient_of_growing_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GrowingCarrier, "add_gradient", lambda self, g: None)
+    monkeypatch.setattr(RowsCarrier, "add_gradient", lambda self, g: None)
     with pytest.raises(AssertionError, match="off by"):
         contract.check(build["cached"], chunk=CHUNK)
 
 
 def test_a_cut_gradient_between_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     reverse = Started.reverse
-    monkeypatch.setattr(Started, "reverse", lambda self, loss_grad, final=None: reverse(self, loss_grad, None))
+    monkeypatch.setattr(Started, "reverse", lambda self, cotangents, final=None: reverse(self, cotangents, None))
     with pytest.raises(AssertionError, match="off by"):
         contract.check_carried(build["all kinds"], cuts=[58], chunks=[CHUNK, CHUNK])
 
 
 def test_the_target_at_a_chunk_edge_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    target_slice = chunks.ChunkedSequence._target_slice
+    read = SequenceData.read
 
-    def off_by_one(self: chunks.ChunkedSequence, chunk: int) -> Tensor:
-        targets = target_slice(self, chunk).clone()
-        targets[:, -1] = -100
-        return targets
+    def off_by_one(self: SequenceData, start: int, stop: int, *, targets: bool) -> Piece:
+        piece = read(self, start, stop, targets=targets)
+        if piece.targets is None:
+            return piece
+        without = piece.targets.clone()
+        without[:, -1] = -100
+        return piece._replace(targets=without)
 
-    monkeypatch.setattr(chunks.ChunkedSequence, "_target_slice", off_by_one)
-    with pytest.raises(AssertionError):
+    monkeypatch.setattr(SequenceData, "read", off_by_one)
+    with pytest.raises(AssertionError, match="off by"):
         contract.check(build["all kinds"], chunk=CHUNK)
 
 
 @pytest.mark.parametrize("step", [-1, 1], ids=["a token twice", "a token skipped"])
 def test_the_input_at_a_chunk_edge(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    span = chunks.ChunkedSequence.span
+    read = ChunkProgram.read
 
-    def off_by_one(self: chunks.ChunkedSequence, chunk: int) -> tuple[int, int]:
-        start, stop = span(self, chunk)
-        return (start + step if chunk else start), stop
+    def off_by_one(self: ChunkProgram, span: Span, *, head: bool) -> program.Piece:
+        start = span.start + step if span.start else 0
+        return read(self, Span(start, span.stop), head=head)
 
-    monkeypatch.setattr(chunks.ChunkedSequence, "span", off_by_one)
-    with pytest.raises(AssertionError):
+    monkeypatch.setattr(ChunkProgram, "read", off_by_one)
+    with pytest.raises(AssertionError, match="off by"):
         contract.check(build["signals"], chunk=CHUNK)
 
 
@@ -85,22 +97,22 @@ def test_a_mean_per_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
         return token_cross_entropy(outputs, targets).sum() / (targets != -100).sum() * 2 * CHUNK
 
     monkeypatch.setattr(api, "cross_entropy_sum", mean)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="off by"):
         contract.check(build["gated"], chunk=CHUNK)
 
 
 @pytest.mark.parametrize("schedule", [sg.Rebuild(), sg.Binomial(3)], ids=["Rebuild", "Binomial"])
 @pytest.mark.parametrize("way", ["backward", "loss"])
 def test_a_draw_not_replayed(monkeypatch: pytest.MonkeyPatch, way: str, schedule: sg.Schedule) -> None:
-    monkeypatch.setattr(chunks, "seeded", lambda seed, device: nullcontext())
-    with pytest.raises(sg.StateMismatchError, match=r"state \['h'\], chunk \d+: rebuilt with other bits"):
+    monkeypatch.setattr(shared, "seeded", lambda seed, device: nullcontext())
+    with pytest.raises(sg.StateMismatchError, match=r"state \['h'\], tokens \d+ to \d+: rebuilt with other bits"):
         contract.check_draws(GatedRecurrence().double(), tokens(), chunk=CHUNK, schedule=schedule, way=way)
 
 
 def test_a_draw_not_replayed_and_the_bits_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "seeded", lambda seed, device: nullcontext())
-    monkeypatch.setattr(sg.sweep.Run, "_check", lambda self: None)
-    with pytest.raises(AssertionError):
+    monkeypatch.setattr(shared, "seeded", lambda seed, device: nullcontext())
+    monkeypatch.setattr(Witness, "agrees", lambda self, name, position, number: True)
+    with pytest.raises(AssertionError, match="off by"):
         contract.check_draws(GatedRecurrence().double(), tokens(), chunk=CHUNK)
 
 
@@ -108,14 +120,14 @@ def test_a_draw_not_replayed_and_the_bits_not_checked(monkeypatch: pytest.Monkey
 def test_an_accumulator_that_wraps(monkeypatch: pytest.MonkeyPatch, schedule: sg.Schedule) -> None:
     # integers that wrapped come back to the same bits: no checksum sees it, and Rebuild still equals Keep
     monkeypatch.setattr(accumulator, "_LIMIT", 2.0**300)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="off by"):
         contract.check(build["growing sums"], chunk=CHUNK, schedule=schedule)
 
 
 def test_a_widening_whose_bits_are_not_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    add = Accumulator.add
-    monkeypatch.setattr(Accumulator, "add", lambda self, delta, *, log: add(self, delta, log=False))
-    with pytest.raises((AssertionError, sg.StateMismatchError)):
+    done = Accumulator.done
+    monkeypatch.setattr(Accumulator, "done", lambda self, *, log: done(self, log=False))
+    with pytest.raises((AssertionError, sg.StateMismatchError), match=r"off by|other bits"):
         contract.check(build["growing sums"], chunk=CHUNK, schedule=sg.Rebuild())
 
 
@@ -141,7 +153,7 @@ def test_one_quantum_for_a_whole_sum(monkeypatch: pytest.MonkeyPatch) -> None:
         widen(self, coming.abs().max().expand_as(coming), *args, **kwargs)
 
     monkeypatch.setattr(Accumulator, "_widen", all_as_the_largest)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="off by"):
         contract.check(build["sums of all sizes"], chunk=CHUNK, schedule=sg.Rebuild())
 
 
@@ -151,7 +163,7 @@ def test_quanta_not_kept_with_a_copy(monkeypatch: pytest.MonkeyPatch, schedule: 
     monkeypatch.setattr(
         Accumulator, "restore", lambda self, snapshot: restore(self, snapshot._replace(scales=self._scales))
     )
-    with pytest.raises((AssertionError, sg.StateMismatchError)):
+    with pytest.raises((AssertionError, sg.StateMismatchError), match=r"off by|other bits"):
         contract.check(build["growing sums"], chunk=CHUNK, schedule=schedule)
 
 
@@ -192,6 +204,39 @@ def test_a_gradient_returned_twice_by_a_loss(monkeypatch: pytest.MonkeyPatch) ->
         contract.check(build["gated"], chunk=CHUNK, way="loss")
 
 
+def test_a_cotangent_of_other_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    slices = outputs._slices
+
+    def off_by_one(along: Any) -> Any:
+        return slices([None if g is None else g.roll(1, 1) for g in along])
+
+    monkeypatch.setattr(outputs, "_slices", off_by_one)
+    with pytest.raises(AssertionError, match="off by"):
+        contract.check(build["gated"], chunk=CHUNK, way="outputs")
+
+
+def test_outputs_put_down_at_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Collected.write
+
+    def off_by_one(self: Collected, outputs: Any, span: Span, time: int) -> None:
+        write(self, outputs, span, time)
+        self.along = [x.roll(1, 1) if span.stop == time else x for x in self.along]
+
+    monkeypatch.setattr(Collected, "write", off_by_one)
+    with pytest.raises(AssertionError, match="off by"):
+        contract.check(build["gated"], chunk=CHUNK, way="outputs")
+
+
+def test_a_remainder_of_one_token_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = Cut.__getitem__
+    monkeypatch.setattr(
+        Cut, "__getitem__", lambda self, n: Span(n * self.chunk, min(at(self, n).stop, (n + 1) * self.chunk))
+    )
+    with pytest.raises(AssertionError, match="off by"):
+        contract.check(lambda: shortened(build["gated"], 5 * CHUNK + 1), chunk=CHUNK)
+    contract.check(lambda: shortened(build["gated"], 5 * CHUNK + 2), chunk=CHUNK)
+
+
 def test_a_chunk_reversed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     add_product = Gather.add_product
     calls = iter(range(1000))
@@ -207,7 +252,7 @@ def test_a_chunk_reversed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unmutated_code_passes_the_same_checks() -> None:
     for name in ("gated", "cached", "all kinds", "linear attention", "growing sums", "sums of all sizes", "signals"):
-        for way in ("backward", "loss"):
+        for way in ("backward", "loss", "outputs"):
             contract.check(build[name], chunk=CHUNK, way=way)
     contract.check_carried(build["all kinds"], cuts=[58], chunks=[CHUNK, CHUNK])
     contract.check_draws(GatedRecurrence().double(), tokens(), chunk=CHUNK)

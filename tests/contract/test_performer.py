@@ -23,7 +23,7 @@ def build(**options: object) -> Built:
     return Performer(config).double().eval(), tokens(), None
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, LENGTH - 1, LENGTH, LENGTH + 5])
+@pytest.mark.parametrize("chunk", [1, 7, 64, LENGTH - 2, LENGTH - 1, LENGTH, LENGTH + 5])
 @pytest.mark.parametrize("norm", ["output", "pre"])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_chunked_equals_plain(feature_map: str, norm: str, chunk: int) -> None:

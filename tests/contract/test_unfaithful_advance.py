@@ -33,7 +33,7 @@ class AddsTooMuch(LinearAttention):
 
 @every_schedule
 @pytest.mark.parametrize("model_type", [ForgetsSums, ForgetsRows, AddsTooMuch])
-@pytest.mark.parametrize("chunk", [9, 28, 30, 39])  # 40 tokens: the last chunk is shorter, and may be one of two
+@pytest.mark.parametrize("chunk", [9, 28, 30, 38])  # 40 tokens: the last chunk is shorter, and may be one of two
 def test_is_stopped(model_type: type[torch.nn.Module], schedule: sg.Schedule, chunk: int) -> None:
     with pytest.raises(sg.StateMismatchError, match="other bits"):
         sg.backward(model_type(), torch.randint(0, 13, (2, 40)), chunk=chunk, schedule=schedule)

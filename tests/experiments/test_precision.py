@@ -10,7 +10,7 @@ import torch
 from slimgrad.experiments import precision
 from slimgrad.experiments.precision import error, measure_drift, plain, subtracted
 from slimgrad.models import Performer, PerformerConfig
-from slimgrad.sweep.accumulator import Accumulator
+from slimgrad.states.accumulator import Accumulator
 
 LENGTH = 131
 FLOAT64 = "subtracted, float64"

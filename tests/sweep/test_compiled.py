@@ -11,14 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimgrad.sweep.carriers import Carrier, GrowingCarrier, Mode, SumCarrier
+from slimgrad.states.base import Carrier, Purpose, Setting, State
+from slimgrad.states.rows import Growing
+from slimgrad.states.sums import PrefixSum, SumCarrier
 from slimgrad.sweep.compiled import not_traced
-from slimgrad.sweep.state import Growing, PrefixSum
+from slimgrad.sweep.cut import Span
+from slimgrad.sweep.store import Store
 
-INSIDE = ("sweep/accumulator.py", "sweep/carriers/")
+INSIDE = ("slimgrad/states/",)
 
 
-def compiled_lines(make: Callable[[], Carrier[Any]], method: str) -> list[str]:
+def carried(initial: State) -> Carrier:
+    return initial.carrier(Setting(0, "s", True, 2, Store("device")))
+
+
+def compiled_lines(make: Callable[[], State], method: str) -> list[str]:
     """Move a state on within a compiled function, twice: the source lines of all that was compiled."""
     lines: list[str] = []
 
@@ -32,10 +39,11 @@ def compiled_lines(make: Callable[[], Carrier[Any]], method: str) -> list[str]:
         return before.cos(), following
 
     torch._dynamo.reset()
-    carrier = make()
-    for chunk in range(2):
-        _, following = step(carrier.bind(Mode.FORWARD, chunk), torch.ones(2, 1, 3))
+    carrier = carried(make())
+    for position in range(2):
+        _, following = step(carrier.bind(Span(position, position + 1), Purpose.FORWARD), torch.ones(2, 1, 3))
         carrier.take(following)
+        carrier.settle()
     expected = torch.ones(2, 1, 3).sin() * 2 if method == "advance" else torch.ones(2, 2, 3).sin()
     assert torch.equal(carrier.final().value, expected)
     return lines
@@ -45,22 +53,26 @@ def compiled_lines(make: Callable[[], Carrier[Any]], method: str) -> list[str]:
 @pytest.mark.parametrize(
     ("make", "method"),
     [
-        (lambda: SumCarrier(0, "s", PrefixSum(torch.zeros(2, 1, 3)), logs=True), "advance"),
-        (lambda: GrowingCarrier(0, "s", Growing(torch.zeros(2, 0, 3)), expected_growth=2), "append"),
+        (lambda: PrefixSum(torch.zeros(2, 1, 3)), "advance"),
+        (lambda: Growing(torch.zeros(2, 0, 3)), "append"),
     ],
     ids=["sums", "rows"],
 )
-def test_dynamo_does_not_look_into_the_sweep(make: Callable[[], Carrier[Any]], method: str) -> None:
+def test_dynamo_does_not_look_into_the_sweep(make: Callable[[], State], method: str) -> None:
     lines = compiled_lines(make, method)
     assert any("test_compiled.py" in line for line in lines)
     assert not any(place in line for line in lines for place in INSIDE)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:.*Function.* should not be instantiated")
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor",
+    "ignore:.*Function.* should not be instantiated",
+    "ignore:Dynamo does not know how to trace the builtin",
+)
 def test_dynamo_would_look_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutation."""
     monkeypatch.setattr(SumCarrier, "advance", SumCarrier.advance.__wrapped__)
-    lines = compiled_lines(lambda: SumCarrier(0, "s", PrefixSum(torch.zeros(2, 1, 3)), logs=True), "advance")
+    lines = compiled_lines(lambda: PrefixSum(torch.zeros(2, 1, 3)), "advance")
     assert any(place in line for line in lines for place in INSIDE)
 
 

@@ -12,38 +12,64 @@ import torch
 from torch import Tensor
 
 import slimgrad as sg
-from slimgrad.sweep import ChunkResult, Run
-from slimgrad.sweep.carriers import Root
+from slimgrad.states.base import Root
+from slimgrad.sweep.cut import Cut, Span
+from slimgrad.sweep.plan import Plan
+from slimgrad.sweep.program import ChunkResult, Piece
+from slimgrad.sweep.progress import Progress
+from slimgrad.sweep.run import Run
 from tests.toy_models import AllKinds, CachedAttention, GatedRecurrence, LinearAttention
 
 TOKENS = torch.arange(2 * 40).reshape(2, 40) * 7 % 13
 SCHEDULES = [sg.Rebuild(), sg.Keep(), sg.Every(3), sg.Binomial(2)]
 
 
+CHUNK = 3
+
+
 class Products:
     """A program without a model: s <- s * weight + n, loss_n = s^2, in scalars that can be checked by hand."""
 
-    def __init__(self, num_chunks: int) -> None:
-        self.num_chunks = num_chunks
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
         self.weight = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+        self.entered: list[int] = []
         self.collected: list[tuple[int, str]] = []
 
-    def chunk_context(self, chunk: int) -> Any:
+    def read(self, span: Span, *, head: bool) -> Piece:
+        assert span.stop == span.start + CHUNK
+        return Piece(span, inputs=span.start // CHUNK)
+
+    def chunk_context(self, position: int) -> Any:
+        self.entered.append(position // CHUNK)
         return nullcontext()
 
-    def advance(self, chunk: int, state: Tensor) -> Tensor:
-        return state * self.weight + chunk
+    def advance(self, piece: Piece, state: Tensor) -> ChunkResult:
+        return ChunkResult(state * self.weight + piece.inputs)
 
-    def run(self, chunk: int, state: Tensor) -> ChunkResult:
-        following = self.advance(chunk, state)
-        return ChunkResult(following**2, following)
+    def run(self, piece: Piece, state: Tensor) -> ChunkResult:
+        following = self.advance(piece, state).state
+        return ChunkResult(following, [following**2], loss=following**2)
 
-    def backward(self, chunk: int, roots: Sequence[Root], leaves: Sequence[Tensor]) -> None:
+    def backward(self, span: Span, roots: Sequence[Root], leaves: Sequence[Tensor]) -> None:
         inputs = [self.weight, *leaves]
         torch.autograd.backward([r.tensor for r in roots], [r.cotangent for r in roots], inputs=inputs)
 
-    def collect(self, chunk: int, result: ChunkResult, phase: str) -> None:
-        self.collected.append((chunk, phase))
+    def collect(self, piece: Piece, result: ChunkResult, phase: str) -> None:
+        self.collected.append((piece.inputs, phase))
+
+    def forget(self) -> bool:
+        return False
+
+    def draws(self) -> list[Tensor]:
+        return []
+
+
+def products(num_chunks: int, schedule: sg.Schedule, *, to_end: bool = False) -> tuple[Products, Run]:
+    """The program, and a run over it that begins at 2."""
+    program, plan = Products(), Plan(Cut(num_chunks * CHUNK, CHUNK), schedule, to_end=to_end)
+    return program, Run(program, Progress(torch.tensor(2.0, dtype=torch.float64), plan, seed=0, parts={}))
 
 
 def by_hand(num_chunks: int, final_gradient: float) -> tuple[float, float, float]:
@@ -62,30 +88,37 @@ def by_hand(num_chunks: int, final_gradient: float) -> tuple[float, float, float
 @pytest.mark.parametrize("num_chunks", [1, 2, 9])
 @pytest.mark.parametrize("to_end", [False, True])
 def test_a_run_by_hand(schedule: sg.Schedule, num_chunks: int, to_end: bool) -> None:
-    program = Products(num_chunks)
-    run = Run(program, torch.tensor(2.0, dtype=torch.float64), schedule=schedule)
-    final = run.forward(to_end=to_end)
+    program, run = products(num_chunks, schedule, to_end=to_end)
+    final = run.forward()
     weight_grad, start_grad, expected_final = by_hand(num_chunks, 0.7)
     assert (final is None) == (not to_end)
+    swept = num_chunks if to_end else num_chunks - 1
+    assert program.entered == list(range(swept))
     gradient = run.reverse(
-        lambda chunk: torch.tensor(chunk + 1.0, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
+        lambda span: [torch.tensor(span.start / CHUNK + 1.0, dtype=torch.float64)],
+        torch.tensor(0.7, dtype=torch.float64),
     )
-    assert float(run.final_state) == pytest.approx(expected_final, rel=1e-15)
+    assert float(run.progress.final_state) == pytest.approx(expected_final, rel=1e-15)
     assert float(program.weight.grad) == pytest.approx(weight_grad, rel=1e-14)  # measured 0
     assert float(gradient) == pytest.approx(start_grad, rel=1e-14)
-    assert program.collected == [(chunk, "reverse") for chunk in range(num_chunks - 1, -1, -1)]
+    forward = [(chunk, "forward") for chunk in range(swept)]
+    assert program.collected == [*forward, *((chunk, "reverse") for chunk in range(num_chunks - 1, -1, -1))]
 
 
 def test_a_run_goes_forward_once_and_back_once() -> None:
-    run = Run(Products(3), torch.tensor(2.0, dtype=torch.float64), schedule=sg.Keep())
+    def ones(span: Span) -> list[Tensor]:
+        return [torch.ones((), dtype=torch.float64)]
+
+    _, run = products(3, sg.Keep())
     with pytest.raises(sg.ConsumedError, match="this run is 'new', expected 'swept'"):
-        run.reverse(torch.ones(()))
+        run.reverse(ones)
     run.forward()
     with pytest.raises(sg.ConsumedError, match="this run is 'swept', expected 'new'"):
         run.forward()
-    run.reverse(torch.ones((), dtype=torch.float64))
-    with pytest.raises(sg.ConsumedError, match="a run goes forward once and back once"):
-        run.reverse(torch.ones(()))
+    run.reverse(ones)
+    for again in (run.forward, lambda: run.reverse(ones)):
+        with pytest.raises(sg.ConsumedError, match="a run goes forward once and back once"):
+            again()
 
 
 def test_a_gradient_of_another_structure_or_shape_is_refused() -> None:
@@ -110,12 +143,14 @@ def test_a_gradient_of_another_structure_or_shape_is_refused() -> None:
 def test_events_tell_the_plan(schedule: sg.Schedule) -> None:
     events: list[sg.Event] = []
     sg.backward(GatedRecurrence(), TOKENS, chunk=7, schedule=schedule, on_chunk=events.append)
-    told = [(event.phase, event.chunk) for event in events]
+    told = [(event.phase, (event.start, event.stop)) for event in events]
+    spans = [(0, 7), (7, 14), (14, 21), (21, 28), (28, 35), (35, 40)]
     advanced = sum(phase != "reverse" for phase, _ in told)
     assert advanced == schedule.num_advances(6)
-    assert [chunk for phase, chunk in told if phase == "forward"] == [0, 1, 2, 3, 4]
-    assert [chunk for phase, chunk in told if phase == "reverse"] == [5, 4, 3, 2, 1, 0]
-    assert {event.num_chunks for event in events} == {6}
+    assert [span for phase, span in told if phase == "forward"] == spans[:-1]
+    assert [span for phase, span in told if phase == "reverse"] == spans[::-1]
+    assert {span for phase, span in told if phase == "again"} <= set(spans)
+    assert {event.length for event in events} == {40}
     assert all((event.loss is None) == (event.phase != "reverse") for event in events)
     assert all((event.adjoint_norm is None) == (event.phase != "reverse") for event in events)
 
@@ -140,7 +175,7 @@ def test_adjoint_norms_are_those_of_autograd(model_type: type[torch.nn.Module]) 
 
     def note(event: sg.Event) -> None:
         if event.phase == "reverse":
-            norms[event.chunk] = event.adjoint_norm
+            norms[event.start // 8] = event.adjoint_norm
 
     sg.backward(model, TOKENS, chunk=8, on_chunk=note, normalizer=1)
 

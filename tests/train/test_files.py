@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from slimgrad import StorageError
-from slimgrad.train.files import sha256, write_atomically
+from slimgrad.runs.files import sha256, write_atomically
 
 
 @pytest.mark.parametrize("name", ["write_bytes", "replace"])

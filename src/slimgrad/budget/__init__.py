@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from slimgrad.sweep.schedule import Binomial, Rebuild, Schedule
+from slimgrad.sweep.schedules.base import Schedule
+from slimgrad.sweep.schedules.binomial import Binomial
+from slimgrad.sweep.schedules.keep import Rebuild
 
 KEPT_STATES_LIMIT_BYTES = 256 << 20
 

@@ -6,7 +6,7 @@ import torch
 
 from slimgrad.errors import InputError
 from slimgrad.models import Performer, get_preset
-from slimgrad.verification import verify
+from slimgrad.verification.model import verify
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 

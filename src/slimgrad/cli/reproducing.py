@@ -17,8 +17,8 @@ from slimgrad.experiments.catalogue import NAMES, all_points
 from slimgrad.experiments.programme import Done, Point, points_left, rows_so_far, run_points
 from slimgrad.experiments.regimes import load_text
 from slimgrad.experiments.report import write_report
+from slimgrad.runs.files import write_atomically
 from slimgrad.train import Interrupted, Stop
-from slimgrad.train.files import write_atomically
 
 PROGRAMME = "programme.json"
 

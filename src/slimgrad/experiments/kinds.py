@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimgrad.models import Performer, PerformerConfig
-from slimgrad.sweep.state import Growing
+from slimgrad.states.rows import Growing
 
 VOCABULARY = 256
 _BLOCK = 32  # steps of a gated recurrence that are computed together

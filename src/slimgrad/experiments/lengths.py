@@ -20,12 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from slimgrad.api import backward
+from slimgrad.call.losses import cross_entropy_sum
 from slimgrad.experiments.kinds import KINDS, VOCABULARY, build
 from slimgrad.experiments.peak import MALLOC, available_bytes, measure_in_turn, measure_peak
 from slimgrad.experiments.programme import Point, Row
-from slimgrad.losses import cross_entropy_sum
 from slimgrad.models import Performer, PerformerConfig
-from slimgrad.sweep.schedule import Binomial, Every, Keep, Rebuild, Schedule
+from slimgrad.sweep.schedules.base import Schedule
+from slimgrad.sweep.schedules.binomial import Binomial
+from slimgrad.sweep.schedules.every import Every
+from slimgrad.sweep.schedules.keep import Keep, Rebuild
 
 LENGTHS, SCHEDULES = "lengths", "schedules"
 _CHUNK = 1024

@@ -28,14 +28,14 @@ import torch
 from torch import Tensor
 
 from slimgrad.api import backward
+from slimgrad.call.losses import cross_entropy_sum
 from slimgrad.data import load_corpus
 from slimgrad.experiments.programme import Point, Row
 from slimgrad.experiments.regimes import open_finished, train_regime
 from slimgrad.experiments.tradeoff import too_large
-from slimgrad.losses import cross_entropy_sum
 from slimgrad.models import Performer, PerformerConfig
-from slimgrad.sweep.accumulator import Accumulator
-from slimgrad.sweep.state import PrefixSum
+from slimgrad.states.accumulator import Accumulator
+from slimgrad.states.sums import PrefixSum
 from slimgrad.train import TrainConfig
 
 EXPERIMENT = "precision"
@@ -197,8 +197,9 @@ class _Accumulated(_Subtracted):
         self._sum = Accumulator(self.total)
 
     def add(self, change: Tensor) -> None:
-        self._sum.add(change, log=True)
+        self._sum.add(change)
         self.total = self._sum.value()
+        self._sum.done(log=True)
 
     def subtract(self, change: Tensor) -> float:
         self._sum.subtract(change)

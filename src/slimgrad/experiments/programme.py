@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slimgrad.runs.files import write_atomically
 from slimgrad.train import Stop
-from slimgrad.train.files import write_atomically
 
 Row = dict[str, Any]
 

@@ -12,8 +12,8 @@ from typing import Any
 from slimgrad.data import Corpus, load_corpus
 from slimgrad.errors import InputError
 from slimgrad.models import Performer
+from slimgrad.runs.files import PARTIAL
 from slimgrad.train import Row, RunFolder, TrainConfig, open_model, train
-from slimgrad.train.files import PARTIAL
 from slimgrad.train.folder import CONFIG, latest_snapshot, read_record
 
 _CURVE_POINTS = 300

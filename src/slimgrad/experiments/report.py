@@ -23,7 +23,7 @@ from slimgrad.experiments.precision import compare_drift, compare_precision
 from slimgrad.experiments.programme import Row
 from slimgrad.experiments.tradeoff import EXPERIMENT as TRADEOFF
 from slimgrad.experiments.tradeoff import compare_costs, compare_times
-from slimgrad.train.files import write_atomically
+from slimgrad.runs.files import write_atomically
 
 REPORT = "report.html"
 TABLES: dict[str, Callable[[list[Row]], list[Row]]] = {

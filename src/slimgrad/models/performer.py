@@ -29,7 +29,7 @@ from torch.nn import functional
 from slimgrad.errors import InputError
 from slimgrad.ops.feature_maps import FEATURE_MAPS, draw_projection, get_feature_map
 from slimgrad.ops.linear_attention import FORMS, get_form
-from slimgrad.sweep.state import PrefixSum
+from slimgrad.states.sums import PrefixSum
 
 Tokens = Int[Tensor, "batch time"]
 Hidden = Float[Tensor, "batch time width"]

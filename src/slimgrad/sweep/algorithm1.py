@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimgrad.states.base import State
 from slimgrad.sweep import tree
-from slimgrad.sweep.state import Growing, PrefixSum
 
 Step = Callable[[tree.Tree, tree.Tree], tuple[Tensor, tree.Tree]]  # (inputs of chunk n, B(n-1)) -> (L(n), B(n))
 
@@ -48,12 +48,12 @@ def gradients(
 
 def apart(x: Any) -> Any:
     """A leaf of a tree, by itself and taking gradients; under `no_grad` also without its graph."""
-    if isinstance(x, PrefixSum | Growing):
-        return type(x)(apart(x.value))
+    if isinstance(x, State):
+        return x.with_value(apart(x.value))
     return x.view_as(x).requires_grad_(x.is_floating_point() or x.is_complex()) if isinstance(x, Tensor) else x
 
 
 def tensors(state: tree.Tree) -> list[Tensor]:
     """The tensors of a tree that have gradients: real and complex, no integers."""
-    values = [x.value if isinstance(x, PrefixSum | Growing) else x for x in tree.leaves(state)]
+    values = [x.value if isinstance(x, State) else x for x in tree.leaves(state)]
     return [x for x in values if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]

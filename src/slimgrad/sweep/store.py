@@ -16,13 +16,16 @@ operands, and give other bits (measured: MKL, float32, operands off by 4 to 12 b
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,17 +42,16 @@ _ZEROS = bytes(1 << 20)
 class _Slab:
     """Rows of one layout: `[rows, ...]`, each aligned."""
 
+    layout: Layout
     rows: Tensor
     free: list[int] = field(default_factory=list[int])
 
 
-@dataclass(frozen=True, eq=False)
-class Handle:
-    """Names one kept tensor."""
+class Handle(NamedTuple):
+    """Names one kept tensor: its slab, and the row there."""
 
-    slab: _Slab
+    slab: int
     row: int
-    device: torch.device
 
 
 class Store:
@@ -60,68 +62,112 @@ class Store:
         capacity: how many copies of one leaf are kept at the same time, at most.
     """
 
-    def __init__(self, place: str | Path, capacity: int) -> None:
+    def __init__(self, place: str | Path, capacity: int = 1) -> None:
         self._place = place
         self._capacity = capacity
-        self._slabs: dict[Layout, list[_Slab]] = {}
+        self._slabs: list[_Slab] = []
+        self._coming: dict[Handle, Future[Tensor]] = {}
+        self._reader: ThreadPoolExecutor | None = None
         self._folder: Path | None = None
+        self._files = 0
         self._remove_folder: weakref.finalize[..., Any] | None = (
             None  # runs at the latest when nobody holds the store any more
         )
-        self.nbytes = 0
+
+    @property
+    def is_file(self) -> bool:
+        """Whether what is kept lies in files."""
+        return self._place not in ("device", "host")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slabs."""
+        return sum(slab.rows.untyped_storage().nbytes() for slab in self._slabs)
 
     def put(self, leaf: int, x: Tensor) -> Handle:
         """Copy `x`, which is leaf number `leaf` of the state, in."""
         layout = (leaf, x.shape, x.dtype, x.device)
-        slabs = self._slabs.setdefault(layout, [])
-        if not any(slab.free for slab in slabs):
+        same = [number for number, slab in enumerate(self._slabs) if slab.layout == layout]
+        number = next((number for number in same if self._slabs[number].free), None)
+        if number is None:
             # once: a row of its own. Again: a slab for all that may still come, and never fewer than one
-            rows = 1 if not slabs else max(1, self._capacity - sum(slab.rows.shape[0] for slab in slabs))
-            slab = _Slab(self._allocate(rows, x), list(range(rows)))
-            self.nbytes += rows * _row_elements(x) * x.element_size()
-            slabs.append(slab)
-        slab = next(slab for slab in slabs if slab.free)
+            rows = 1 if not same else max(1, self._capacity - sum(self._slabs[n].rows.shape[0] for n in same))
+            self._slabs.append(_Slab(layout, self._rows(rows, layout), list(range(rows))))
+            number = len(self._slabs) - 1
+        slab = self._slabs[number]
         row = slab.free.pop()
         slab.rows[row].copy_(x.detach())
-        return Handle(slab, row, x.device)
+        return Handle(number, row)
 
     def get(self, handle: Handle) -> Tensor:
         """The kept tensor, on its own device; on "device" a view of its row, so do not write to it."""
-        return handle.slab.rows[handle.row].to(handle.device)
+        coming = self._coming.pop(handle, None)
+        return self._read(handle) if coming is None else coming.result()
+
+    def fetch(self, handle: Handle) -> None:
+        """Begin to read a kept tensor that will be wanted soon: from a file, beside the computation."""
+        if not self.is_file or handle in self._coming:
+            return
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, thread_name_prefix="slimgrad-store")
+        self._coming[handle] = self._reader.submit(lambda: self._read(handle).clone())
 
     def free(self, handle: Handle) -> None:
         """Give the row back."""
-        handle.slab.free.append(handle.row)
+        self._coming.pop(handle, None)
+        self._slabs[handle.slab].free.append(handle.row)
+
+    def space(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor with nothing in it, where this store has its place. Elsewhere than on `device` it stays there."""
+        return self._allocate(math.prod(shape), dtype, device).view(shape)
 
     def close(self) -> None:
         """Drop every slab, and the files."""
+        if self._reader is not None:
+            self._reader.shutdown()
+            self._reader = None
+        self._coming.clear()
         self._slabs.clear()
-        self.nbytes = 0
         if self._remove_folder is not None:
             self._remove_folder()
             self._folder = None
 
-    def _allocate(self, rows: int, like: Tensor) -> Tensor:
-        row = _row_elements(like)
+    def state(self) -> list[dict[str, Any]]:
+        """Every slab, as it is."""
+        return [{"layout": slab.layout, "rows": slab.rows, "free": slab.free} for slab in self._slabs]
+
+    def load_state(self, state: list[dict[str, Any]]) -> None:
+        """Hold these slabs, at this store's own place."""
+        for saved in state:
+            leaf, shape, dtype, device = saved["layout"]
+            rows = self._rows(saved["rows"].shape[0], (leaf, shape, dtype, device))
+            rows.copy_(saved["rows"])
+            self._slabs.append(_Slab((leaf, shape, dtype, device), rows, list(saved["free"])))
+
+    def _read(self, handle: Handle) -> Tensor:
+        slab = self._slabs[handle.slab]
+        return slab.rows[handle.row].to(slab.layout[-1], non_blocking=True)
+
+    def _rows(self, rows: int, layout: Layout) -> Tensor:
+        _, shape, dtype, device = layout
+        multiple = max(1, _ALIGNMENT_BYTES // dtype.itemsize)
+        row = -(-shape.numel() // multiple) * multiple  # elements from one row to the next
+        flat = self._allocate(rows * row, dtype, device).view(rows, row)
+        return flat[:, : shape.numel()].unflatten(1, shape or (1,)).view(rows, *shape)
+
+    def _allocate(self, elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         if self._place == "device":
-            flat = torch.empty(rows * row, dtype=like.dtype, device=like.device)
-        elif self._place == "host" or row == 0:
-            flat = torch.empty(rows * row, dtype=like.dtype, pin_memory=like.device.type == "cuda")
-        else:
-            if self._folder is None:
-                self._folder = _make_folder(self._place if isinstance(self._place, Path) else None)
-                # a slab may still be mapped when the folder goes, which Windows forbids: leave the file then
-                self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-            path = self._folder / f"{sum(map(len, self._slabs.values()))}-{rows}.slab"
-            _reserve(path, rows * row * like.element_size())
-            flat = torch.from_file(str(path), shared=True, size=rows * row, dtype=like.dtype)
-        return flat.view(rows, row)[:, : like.numel()].unflatten(1, like.shape or (1,)).view(rows, *like.shape)
-
-
-def _row_elements(like: Tensor) -> int:
-    """Elements from one row to the next."""
-    multiple = max(1, _ALIGNMENT_BYTES // like.element_size())
-    return -(-like.numel() // multiple) * multiple
+            return torch.empty(elements, dtype=dtype, device=device)
+        if self._place == "host" or elements == 0:
+            return torch.empty(elements, dtype=dtype, pin_memory=device.type == "cuda")
+        if self._folder is None:
+            self._folder = _make_folder(self._place if isinstance(self._place, Path) else None)
+            # a slab may still be mapped when the folder goes, which Windows forbids: leave the file then
+            self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        path = self._folder / f"{self._files}.slab"
+        self._files += 1
+        _reserve(path, elements * dtype.itemsize)
+        return torch.from_file(str(path), shared=True, size=elements, dtype=dtype)
 
 
 def _make_folder(parent: Path | None) -> Path:

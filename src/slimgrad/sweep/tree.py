@@ -17,6 +17,8 @@ TreeSpec = pytree.TreeSpec
 flatten = pytree.tree_flatten
 unflatten = pytree.tree_unflatten
 leaves = pytree.tree_leaves
+dumps = pytree.treespec_dumps
+loads = pytree.treespec_loads
 
 
 _LEAF = object()
@@ -83,10 +85,10 @@ def tensors(tree: Tree) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def paths(tree: Tree) -> list[str]:
-    """A readable name for each leaf, in order, as one would index it: `['layers'][0]`."""
+def paths(tree: Tree, *, alone: str = "(the state itself)") -> list[str]:
+    """A readable name for each leaf, in order, as one would index it: `['layers'][0]`; `alone` where there is one."""
     try:
         named, _ = pytree.tree_flatten_with_path(tree)
     except ValueError:  # a container that was registered without names for its entries
         return [f"leaf {number}" for number in range(len(leaves(tree)))]
-    return [pytree.keystr(path) or "(the state itself)" for path, _ in named]
+    return [pytree.keystr(path) or alone for path, _ in named]

@@ -26,8 +26,8 @@ from filelock import FileLock, Timeout
 
 from slimgrad.errors import InputError
 from slimgrad.models.performer import Performer
+from slimgrad.runs.files import PARTIAL, push_to_disk, storage_errors, write_atomically
 from slimgrad.train.config import TrainConfig
-from slimgrad.train.files import PARTIAL, push_to_disk, storage_errors, write_atomically
 from slimgrad.train.optimizer import make_optimizer
 from slimgrad.train.row import Row
 from slimgrad.train.snapshot import (

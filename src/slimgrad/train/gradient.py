@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from slimgrad.api import backward
+from slimgrad.call.losses import cross_entropy_sum
 from slimgrad.data import Batch
-from slimgrad.losses import cross_entropy_sum
 from slimgrad.models.performer import Performer
-from slimgrad.sweep.schedule import Schedule
+from slimgrad.sweep.schedules.base import Schedule
 
 Method = Literal["chunked", "checkpoint", "plain"]
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from slimgrad.api import evaluate
 from slimgrad.budget import choose_schedule
+from slimgrad.call.losses import cross_entropy_sum, is_counted
 from slimgrad.data import Batch, Corpus
 from slimgrad.errors import NonFiniteError, StorageError
-from slimgrad.losses import cross_entropy_sum, is_counted
 from slimgrad.models.performer import Performer
+from slimgrad.states.accumulator import kept_bytes
+from slimgrad.states.sums import PrefixSum
 from slimgrad.sweep import tree
-from slimgrad.sweep.accumulator import kept_bytes
 from slimgrad.sweep.random import derive_seed, seeded
-from slimgrad.sweep.schedule import Schedule
-from slimgrad.sweep.state import PrefixSum
+from slimgrad.sweep.schedules.base import Schedule
 from slimgrad.train.config import TrainConfig
 from slimgrad.train.device import pick_device
 from slimgrad.train.folder import RunFolder, seconds_so_far

@@ -23,7 +23,6 @@ import dataclasses
 import importlib
 import json
 import math
-import re
 import subprocess
 import sys
 from collections.abc import Generator
@@ -36,12 +35,9 @@ import torch
 
 from slimgrad.errors import InputError, MemoryLimitError
 from slimgrad.models.performer import PerformerConfig
+from slimgrad.sweep.allocation import is_allocation_failure
 
 Method = Literal["slimgrad", "plain"]
-# the words of torch, CUDA, C++, oneDNN (which says the same of no other failure) and the system
-_REFUSALS = re.compile(
-    r"can't allocate memory|out of memory|bad_alloc|could not create a (memory|primitive(?! desc))|Cannot allocate"
-)
 PROC = Path("/proc/self")
 
 
@@ -95,7 +91,7 @@ def out_of_memory(what: str, chunk: int) -> Generator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not _REFUSALS.search(str(error)):
+        if not is_allocation_failure(error):
             raise
         raise MemoryLimitError(
             f"{what}: memory ran out. A smaller --chunk (now {chunk:,}) needs less with --method chunked; the other "

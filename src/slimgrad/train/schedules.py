@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from slimgrad.errors import InputError
-from slimgrad.sweep.schedule import Binomial, Every, Keep, Rebuild, Schedule
+from slimgrad.sweep.kinds import subclasses
+from slimgrad.sweep.schedules.base import Schedule
 
-FORMS = "auto, rebuild, keep, every:K, binomial:SLOTS; each but auto may end in @device, @host, @disk or @FOLDER"
-_PLAIN: dict[str, Callable[..., Schedule]] = {"rebuild": Rebuild, "keep": Keep}
-_NUMBERED: dict[str, Callable[..., Schedule]] = {"every": Every, "binomial": Binomial}
+
+def _by_name() -> dict[str, tuple[Callable[..., Schedule], str]]:
+    """Every schedule, and the number that it takes (or ""), by its name in lower case."""
+    numbers = {kind: [f.name for f in fields(kind) if not f.kw_only] for kind in subclasses(Schedule)}
+    return {kind.__name__.lower(): (kind, " ".join(names)) for kind, names in numbers.items()}
+
+
+FORMS = (
+    ", ".join(["auto", *(f"{name}:{number.upper()}" if number else name for name, (_, number) in _by_name().items())])
+    + "; each but auto may end in @device, @host, @disk or @FOLDER"
+)
 
 
 def parse_schedule(text: str) -> Schedule | None:
@@ -29,10 +39,11 @@ def parse_schedule(text: str) -> Schedule | None:
     if at:
         stored["store"] = store if store in ("device", "host", "disk") else Path(store)
     if store or not at:
-        if words in _PLAIN:
-            return _PLAIN[words](**stored)
-        if name in _NUMBERED and number.isdecimal():
-            return _NUMBERED[name](int(number), **stored)
+        kind, wanted = _by_name().get(name, (None, ""))
+        if kind is not None and words == name and not wanted:
+            return kind(**stored)
+        if kind is not None and wanted and number.isdecimal():
+            return kind(int(number), **stored)
     raise InputError(f"schedule {text!r}: expected one of {FORMS}")
 
 

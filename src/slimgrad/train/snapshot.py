@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import slimgrad
 from slimgrad.errors import InputError
 from slimgrad.models.performer import Performer, PerformerConfig
-from slimgrad.train.files import PARTIAL, push_to_disk, sha256, storage_errors
+from slimgrad.runs.files import PARTIAL, push_to_disk, sha256, storage_errors
 
 MODEL, OPTIMIZER, RECORD = "model.safetensors", "optimizer.safetensors", "snapshot.json"
 KEPT = 2

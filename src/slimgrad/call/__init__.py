@@ -1,0 +1,1 @@
+"""From a call of a public function to a program of chunks."""

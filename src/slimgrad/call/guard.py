@@ -1,0 +1,210 @@
+"""What a model may not do to its weights and buffers while it runs, and how it was set when its loss was computed.
+
+Three looks: at the options of torch's embeddings, before anything runs; at the versions of weights and buffers, around
+every chunk; at modes and plain attributes, which the reverse sweep finds as the forward sweep did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimgrad.call.watch import attributes
+from slimgrad.errors import ModelError
+from slimgrad.states.checksum import checksum
+from slimgrad.states.tensors import version
+from slimgrad.states.values import is_plain_value
+
+_SAMPLE = 16  # elements of a weight
+
+
+class Guard:
+    """Refuses a model that writes to its buffers or parameters while a chunk runs.
+
+    Args:
+        model: whose.
+        renormalised: parameters that may be written to: the table of an `nn.Embedding(max_norm=...)` nobody else uses.
+    """
+
+    def __init__(self, model: nn.Module, renormalised: set[int]) -> None:
+        self._places = [
+            (module, name)
+            for module in model.modules()
+            for name in module._buffers  # pyright: ignore[reportPrivateUsage]
+        ]
+        self._parameters = [(name, p) for name, p in model.named_parameters() if id(p) not in renormalised]
+        self._samples: list[Tensor] = []
+
+    @contextmanager
+    def watching(self, *, first: bool = False) -> Generator[None]:
+        """Refuse what is written within the block.
+
+        A buffer may be replaced by a larger one that begins with it, or filled where it was None (a table, made when it
+        is wanted): it is put back as it was. `watch` asks who reads it.
+
+        The first time nothing is written to buffers even so, and values are compared too: torch's batch normalisation
+        writes its running statistics without counting a version, and so does a write through `.data`. Of parameters a
+        few elements are compared.
+        """
+        places = [(m, name, m._buffers.get(name)) for m, name in self._places]  # pyright: ignore[reportPrivateUsage]
+        buffers = [(module, name, buffer) for module, name, buffer in places if buffer is not None]
+        copies = [buffer.clone() if first else buffer for _, _, buffer in buffers]
+        versions = [version(x) for x in copies]
+        weights = self._weights(first)
+        changed: list[str] = []
+        try:
+            for (module, name, _), copy in zip(buffers, copies, strict=True):
+                module._buffers[name] = copy  # pyright: ignore[reportPrivateUsage]
+            yield
+            for (module, name, buffer), copy, before in zip(buffers, copies, versions, strict=True):
+                written = version(copy) != before
+                present = module._buffers.get(name)  # pyright: ignore[reportPrivateUsage]
+                if present is not copy:
+                    written = written or not _begins_with(present, copy)
+                if written or (first and _readable(copy) and int(checksum(copy)) != int(checksum(buffer))):
+                    changed.append(f"{type(module).__name__}.{name}")
+        finally:
+            for module, name, buffer in places:
+                module._buffers[name] = buffer  # pyright: ignore[reportPrivateUsage]
+        if changed:
+            raise ModelError(
+                f"the model wrote to its buffers while it ran: {', '.join(changed)}. Each chunk runs twice, so the "
+                "second run would see other values and the gradient would not be exact. Put such layers in eval mode "
+                "(batch normalisation), or carry what they update in the state"
+            )
+        after = self._weights(first)
+        if weights != after:
+            names = [name for (name, _), b, a in zip(self._parameters, weights, after, strict=True) if a != b]
+            raise ModelError(
+                f"parameters were written to while a chunk ran: {', '.join(names)}. The chunks before and after would "
+                "use other weights, and the gradient would belong to neither. Clip or renormalise weights between "
+                "calls, beside optimizer.step(); a table with max_norm may not be tied to another layer"
+            )
+
+    def _weights(self, sampled: bool) -> list[Any]:
+        versions = [version(p) for _, p in self._parameters]
+        if not sampled:
+            return versions
+        if not self._samples:
+            self._samples = [_sample(p) for _, p in self._parameters]
+        return list(zip(versions, [str(x) for x in _lists(self._samples)], strict=True))  # as text NaN equals itself
+
+
+def _begins_with(present: Tensor | None, before: Tensor) -> bool:
+    """Whether a buffer was replaced by a larger one that begins with it."""
+    if present is None or present.dim() != before.dim() or present.dtype != before.dtype:
+        return False
+    if any(now < then for now, then in zip(present.shape, before.shape, strict=True)):
+        return False
+    return int(checksum(present[tuple(slice(n) for n in before.shape)])) == int(checksum(before))
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether the elements of `x` are in memory, one after the other."""
+    return x.layout is torch.strided and not x.is_nested and x.device.type != "meta"
+
+
+def _sample(p: Tensor) -> Tensor:
+    """A few elements, as a view."""
+    x = getattr(p.detach(), "_local_tensor", p.detach())  # a DTensor's own part
+    if not _readable(x):
+        return torch.zeros(0)
+    while x.dim() > 1 and x.numel():
+        x = x[-1]
+    return x.reshape(-1)[:_SAMPLE]
+
+
+def _lists(samples: list[Tensor]) -> list[list[Any]]:
+    """The elements of each, those of one kind fetched together."""
+    found: list[list[Any]] = [[] for _ in samples]
+    for kind in {(x.dtype, x.device) for x in samples}:
+        places = [i for i, x in enumerate(samples) if (x.dtype, x.device) == kind]
+        values = torch.cat([samples[i] for i in places]).tolist()
+        for i in places:
+            found[i], values = values[: samples[i].numel()], values[samples[i].numel() :]
+    return found
+
+
+class CalledWith:
+    """How a model was set when its loss was computed: plain attributes, modes, frozen weights, default dtype.
+
+    What a module holds beside is not restored; where it changed a loss, the loss is compared (see `witness`).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._values = [
+            (module.__dict__, name, value)
+            for module in model.modules()
+            for name, value in attributes(module)
+            if is_plain_value(value) and name in module.__dict__
+        ]
+        self._frozen = [p for p in model.parameters() if not p.requires_grad]
+        self._dtype = torch.get_default_dtype()
+
+    @contextmanager
+    def restored(self) -> Generator[None]:
+        """Within the block the model is set as it was; then as it is now."""
+        missing = object()
+        values = [
+            (own, name, now, then)
+            for own, name, then in self._values
+            if (now := own.get(name, missing)) is not then and (type(now) is not type(then) or now != then)
+        ]
+        thawed = [p for p in self._frozen if p.requires_grad]
+        dtype = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(self._dtype)
+            for own, name, _, then in values:
+                own[name] = then
+            for p in thawed:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in thawed:
+                p.requires_grad_(True)
+            for own, name, now, _ in values:
+                if now is missing:
+                    own.pop(name, None)
+                else:
+                    own[name] = now
+            torch.set_default_dtype(dtype)
+
+
+def refuse_by_options(model: nn.Module, takes_gradient: Callable[[Tensor], bool]) -> set[int]:
+    """Refuse what cannot be exact in chunks, by the options of torch's embeddings.
+
+    Returns:
+        The ids of the tables that are renormalised on the way (`max_norm`) and used by one layer alone.
+    """
+    users: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, p in module._parameters.items():  # pyright: ignore[reportPrivateUsage]
+            if p is not None:
+                users.setdefault(id(p), []).append(f"{path}.{name}" if path else name)
+    renormalised: set[int] = set()
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            continue
+        if module.scale_grad_by_freq and takes_gradient(module.weight):
+            raise counted_by_frequency(path)
+        if module.max_norm is not None:
+            names = users[id(module.weight)]
+            if len(names) > 1:
+                raise ModelError(
+                    f"{path} renormalises its table on the way (max_norm), and the table is also {', '.join(names)}: "
+                    "chunks would use other weights than the chunks after them. Untie it, or renormalise between calls"
+                )
+            renormalised.add(id(module.weight))
+    return renormalised
+
+
+def counted_by_frequency(where: str) -> ModelError:
+    """`scale_grad_by_freq` counts a token within the chunk, not within the sequence."""
+    return ModelError(
+        f"{where}: scale_grad_by_freq divides a token's gradient by how often it occurs in the chunk, so the sum over "
+        "the chunks is not the gradient of the whole. Turn it off"
+    )

@@ -1,0 +1,126 @@
+"""Tensors whose backward is the reverse sweep: a model's outputs, every token's loss, or one loss.
+
+The first sweep runs every chunk with its head and collects; autograd then holds a node that goes back over the chunks.
+Cotangents that are absent stay absent: an output that no loss reads costs nothing on the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from slimgrad.call.arguments import Call, Started
+from slimgrad.call.guard import CalledWith
+from slimgrad.call.parallel import one_thread_at_a_time
+from slimgrad.errors import ConsumedError
+from slimgrad.states.tensors import version
+from slimgrad.sweep.run import Cotangents
+
+
+def loss_of(call: Call) -> Tensor:
+    """The loss over all sequences: a 0-d tensor."""
+    return _swept(call)[0]
+
+
+def outputs_of(call: Call) -> list[list[Tensor]]:
+    """For each sequence what its chunks were collected to along time: `[batch, time, ...]` each."""
+    found = iter(_swept(call))
+    return [[next(found) for _ in one.collected.differentiable] for one in call.sequences]
+
+
+def _swept(call: Call) -> tuple[Tensor, ...]:
+    """Differentiable where gradients are wanted; else from a plain pass in chunks."""
+    if torch.is_grad_enabled() and call.takers():
+        return cast("tuple[Tensor, ...]", _Swept.apply(call, *call.takers()))
+    for index in range(len(call.sequences)):
+        call.start(index, differentiates=False).run.forward(head=True)
+    return _collected(call)
+
+
+def _collected(call: Call) -> tuple[Tensor, ...]:
+    found: list[Tensor] = []
+    for one in call.sequences:
+        found += one.collected.along
+        one.collected.along = []  # whoever holds the outputs holds them alone
+    return tuple(found) or (call.total_loss(),)
+
+
+class _Swept(torch.autograd.Function):
+    """The forward sweep as forward, the reverse sweep as backward."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, call: Call, *takers: Tensor) -> tuple[Tensor, ...]:
+        context = cast(Any, ctx)
+        with one_thread_at_a_time(call.model):
+            context.started = [call.start(index, to_end=True) for index in range(len(call.sequences))]
+            for one in context.started:
+                one.run.forward(head=True)
+            call.refuse_gathered()
+        context.call, context.called_with = call, CalledWith(call.model)
+        ctx.save_for_backward(*takers)  # so that a change before backward is noticed
+        given = [*call.given, *call.model.buffers(), *(p for p in call.model.parameters() if not p.requires_grad)]
+        context.versions = [(x, version(x)) for x in given]
+        ctx.set_materialize_grads(False)
+        found, differentiable = _collected(call), [x for one in call.sequences for x in one.collected.differentiable]
+        constant = [x for x, has_graph in zip(found, differentiable, strict=False) if not has_graph]
+        ctx.mark_non_differentiable(*constant)
+        return found
+
+    @staticmethod
+    @once_differentiable  # a second derivative (create_graph=True, then differentiated) raises
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: FunctionCtx, *grad_outputs: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        context = cast(Any, ctx)
+        call = cast("Call | None", context.call)
+        if call is None:
+            raise ConsumedError(
+                "backward was called a second time on one chunked loss (or outputs), whose states went with the first. "
+                "Expected one backward each: add losses up before calling it, or compute them again"
+            )
+        _require_unchanged(context)
+        started, called_with = cast("list[Started]", context.started), cast(CalledWith, context.called_with)
+        context.call = context.started = context.called_with = context.versions = (
+            None  # a loss that is kept holds nothing
+        )
+        initial_grads = list[Any]()
+        # within torch.inference_mode a backward works in plain PyTorch as well
+        with torch.inference_mode(False), one_thread_at_a_time(call.model), called_with.restored():
+            given = iter(g.clone() if g is not None and g.is_inference() else g for g in grad_outputs)
+            for one in started:
+                along = [next(given) for _ in one.program.collected.differentiable]
+                if along and all(g is None for g in along):  # a document that no loss reads
+                    one.run.progress.close()
+                    initial_grads.append(one.run.progress.adjoint())
+                    continue
+                initial_grads.append(one.reverse(_slices(along) if along else _same(grad_outputs[0], call.loss_grad)))
+        return None, *call.gradients(initial_grads)
+
+
+def _slices(along: Sequence[Tensor | None]) -> Cotangents:
+    """From a span to its parts of cotangents along time."""
+    return lambda span: [None if g is None else g[:, span.start : span.stop] for g in along]
+
+
+def _same(g: Tensor | None, loss_grad: Tensor) -> Cotangents:
+    """For every chunk the cotangent of the loss."""
+    cotangent = None if g is None else g * loss_grad
+    return lambda span: [cotangent]
+
+
+def _require_unchanged(context: Any) -> None:
+    """torch itself notices that a saved tensor was written to, when it is asked for; say what that means here."""
+    cause = None
+    try:
+        _ = context.saved_tensors
+    except RuntimeError as error:
+        cause = error
+    if cause or any(version(x) != before for x, before in context.versions):
+        raise ConsumedError(
+            "a parameter, an input, a target or a state was modified between the loss and its backward, so the chunks "
+            "cannot be rebuilt as they were. Expected backward before optimizer.step(), and before buffers are reused"
+        ) from cause

@@ -1,0 +1,114 @@
+"""A document in a folder: whole or absent, with a checksum, and read without running code.
+
+    folder/
+      segment.json             which file it is, its bytes and checksum
+      progress-3f0c....pt      the document: tensors, numbers and plain values (torch.save)
+
+The second is written under a name of its own before the first comes to speak of it, in one piece.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.serialization import safe_globals
+
+from slimgrad.errors import InputError
+from slimgrad.runs.files import PARTIAL, push_to_disk, sha256, storage_errors, write_atomically
+from slimgrad.states.base import State
+from slimgrad.sweep.kinds import subclasses
+from slimgrad.sweep.schedules.base import Schedule
+
+_RECORD, _FORMAT = "segment.json", 1
+
+
+class _Hashing:
+    """A file that is hashed as it is written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.hash, self.num_bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        self.num_bytes += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def write_document(folder: Path, document: dict[str, Any]) -> None:
+    """Put `document` in place of what the folder holds.
+
+    Raises:
+        StorageError: it could not be written. What was there is as it was.
+    """
+    partial = folder / f"{PARTIAL}progress"
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                hashing = _Hashing(file)
+                torch.save(document, hashing)  # pyright: ignore[reportArgumentType]
+            push_to_disk(partial)
+            name = f"progress-{hashing.hash.hexdigest()[:16]}.pt"
+            partial.replace(folder / name)
+            push_to_disk(folder)
+        finally:
+            partial.unlink(missing_ok=True)
+    record = {"format": _FORMAT, "file": name, "bytes": hashing.num_bytes, "sha256": hashing.hash.hexdigest()}
+    write_atomically(folder / _RECORD, (json.dumps(record, indent=1) + "\n").encode())
+    for old in folder.glob("progress-*.pt"):
+        if old.name != name:
+            old.unlink(missing_ok=True)
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """What `write_document` wrote last.
+
+    Raises:
+        InputError: nothing is there, or it is damaged.
+    """
+    path = folder / _RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        file = folder / record["file"]
+        if record["format"] != _FORMAT:
+            raise InputError(f"{path}: expected format {_FORMAT}, found {record['format']}: another slimgrad wrote it")
+        if sha256(file) != record["sha256"]:
+            raise InputError(f"{file} is damaged: expected sha256 {record['sha256'][:12]}..., found another")
+        with safe_globals(list(subclasses(State))):  # pyright: ignore[reportArgumentType]
+            return torch.load(file, weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: expected a saved segment, found no {Path(str(error.filename)).name}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise InputError(f"{folder}: expected a saved segment, found one that cannot be read ({error})") from error
+
+
+def schedule_as_dict(schedule: Schedule) -> dict[str, Any]:
+    """A schedule as plain values."""
+    values = {f.name: getattr(schedule, f.name) for f in fields(schedule)}
+    plain = {name: {"path": str(value)} if isinstance(value, Path) else value for name, value in values.items()}
+    return {"schedule": _name(type(schedule)), "values": plain}
+
+
+def schedule_from_dict(saved: dict[str, Any]) -> Schedule:
+    """The schedule again."""
+    kinds: dict[str, Callable[..., Schedule]] = {_name(kind): kind for kind in subclasses(Schedule)}
+    if saved["schedule"] not in kinds:
+        raise InputError(
+            f"saved with the schedule {saved['schedule']}, which is not known here; import its module first"
+        )
+    values = {n: Path(v["path"]) if isinstance(v, dict) else v for n, v in saved["values"].items()}
+    return kinds[saved["schedule"]](**values)
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,1 @@
+"""Where the gradients of parameters gather, and how they are delivered."""

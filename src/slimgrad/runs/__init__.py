@@ -1,0 +1,1 @@
+"""What survives a kill: files that are whole or absent."""

@@ -1,0 +1,281 @@
+"""Rows that pile up along time: forward they are appended, back they are cut off."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from slimgrad.errors import ModelError
+from slimgrad.gradients.buffers import refuse_escaped
+from slimgrad.states.base import Carrier, Purpose, Root, Setting, State, mismatch, refuse_half_a_number
+from slimgrad.states.checksum import checksum
+from slimgrad.sweep.compiled import not_traced
+from slimgrad.sweep.record import Record
+from slimgrad.sweep.store import Store
+
+
+class Growing(State):
+    """Rows that pile up along time: the keys or the values of a cache.
+
+    `rows, following = state.append(new_rows)` gives all rows so far, the new ones last, and the state after the chunk.
+    Memory in a sweep: one buffer and one gradient buffer, linear in the sequence. That is what full attention needs.
+
+    Args:
+        value: the rows so far, `[batch, time, ...]`; usually `time` = 0.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, value: Tensor, *, _link: Any = None) -> None:
+        if value.dim() < 2:
+            raise ModelError(f"Growing expects [batch, time, ...], got shape {tuple(value.shape)}")
+        super().__init__(value, _link=_link)
+
+    def append(self, rows: Tensor) -> tuple[Tensor, Growing]:
+        """Append one chunk's rows.
+
+        Args:
+            rows: `[batch, new, ...]`, the other axes as in the rows so far.
+
+        Returns:
+            All rows, `[batch, so far + new, ...]`, and the state that follows. Gradients flow through both.
+        """
+        expected, got = self._value.shape, rows.shape
+        if expected[:1] + expected[2:] != got[:1] + got[2:]:
+            raise ModelError(
+                f"Growing.append expects rows [batch, new, ...] that match {list(expected)} except along axis 1, "
+                f"got {list(got)}"
+            )
+        refuse_half_a_number("Growing.append", rows, self._value.dtype)
+        if self._link is not None:
+            return self._link.append(rows)
+        value = torch.cat([self._value, rows.to(self._value.dtype)], dim=1)
+        return value, Growing(value)
+
+    @property
+    def length(self) -> int:
+        """Rows so far, known at any time: the position of the next one."""
+        return self._value.shape[1] if self._link is None else self._link.length
+
+    def carrier(self, setting: Setting) -> RowsCarrier:
+        return RowsCarrier(setting, self)
+
+    def kept_bytes(self) -> int:
+        return 0  # its rows stay in the one buffer: a copy is a length
+
+    def __repr__(self) -> str:
+        return f"Growing(length={self.length}, row_shape={tuple(self._value.shape[2:])}, dtype={self.dtype})"
+
+
+class _Following:
+    """Stands behind the state after a chunk."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.length = rows.shape[1]
+
+    def append(self, rows: Tensor) -> Any:
+        raise ModelError(
+            f"append was called twice on one Growing within a chunk (second rows: {tuple(rows.shape)}); "
+            "expected one call per chunk. Concatenate the rows first, or hold two Growing states"
+        )
+
+    def value_of(self, state: Growing) -> Tensor:
+        return state._value  # pyright: ignore[reportPrivateUsage]
+
+
+class _Append(torch.autograd.Function):
+    """All rows so far, as a view of the buffer; backward adds the old rows' gradient into the gradient buffer."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, anchor: Tensor, carrier: RowsCarrier, start: int) -> Tensor:
+        cast(Any, ctx).carrier, cast(Any, ctx).start, cast(Any, ctx).dtype = carrier, start, rows.dtype
+        return carrier.prefix(start + rows.shape[1])
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (g,), start = grad_outputs, cast(int, cast(Any, ctx).start)
+        carrier = cast(RowsCarrier, cast(Any, ctx).carrier)
+        if not carrier.in_backward:
+            refuse_escaped(g)
+        if start:
+            carrier.add_gradient(g[:, :start])
+        return g[:, start:].to(cast(Any, ctx).dtype), None, None, None
+
+
+class RowsCarrier(Carrier):
+    """Carries a `Growing` in one buffer, and its adjoint in another of the same size.
+
+    The buffers lie where the schedule says. One that is not on the model's device is copied to it chunk by chunk.
+    """
+
+    def __init__(self, setting: Setting, initial: Growing) -> None:
+        super().__init__(setting)
+        self._rolls_back, self._growth, self._store = setting.rolls_back, setting.growth, setting.rows
+        self._device = initial.device
+        self._buffer = setting.rows.space(initial.shape, initial.dtype, initial.device)
+        self._buffer.copy_(initial.value.detach())
+        self._gradient: Tensor | None = None
+        self.length = initial.length  # rows before the chunk
+        self._length = initial.length  # live
+        self._written = initial.length  # rows that stand in the buffer, live or rolled back
+        self._lengths = Record()  # before each chunk
+        self._bound: Growing | None = None
+        self._following: Growing | None = None
+        self._rows: Tensor | None = None
+        self._bits: Tensor | int = 0
+        self._edge: GradientEdge | None = None
+        self._anchor: Tensor | None = None
+
+    @property
+    def rolls_back(self) -> bool:
+        return True
+
+    def prefix(self, length: int) -> Tensor:
+        """The first rows of the buffer as a tensor of its own, so that autograd sees neither a view nor a write."""
+        view = self._buffer[:, :length]
+        if view.device != self._device:
+            return view.to(self._device, non_blocking=True)
+        return torch.empty(0, dtype=view.dtype, device=view.device).set_(
+            view.untyped_storage(), view.storage_offset(), view.shape, view.stride()
+        )
+
+    def add_gradient(self, g: Tensor) -> None:
+        """Add to the adjoint of the first rows."""
+        self.is_intact = False
+        if self._gradient is None:
+            wide = torch.promote_types(self._buffer.dtype, torch.float32)
+            shape = (self._buffer.shape[0], self._written, *self._buffer.shape[2:])
+            self._gradient = self._store.space(shape, wide, self._device).zero_()
+        self._gradient[:, : g.shape[1]] += g.to(self._gradient.device)
+
+    def _bind(self) -> Growing:
+        self._lengths.put(self.span.start, self._length)
+        known = self._lengths.at(self.span.start)
+        self.length = self._length = self._length if known is None else known  # within a finer chunk there is none
+        self._bound = Growing(self._buffer[:, :0].to(self._device), _link=self)
+        return self._bound
+
+    @not_traced
+    def append(self, rows: Tensor) -> tuple[Tensor, Growing]:
+        """What `Growing.append` does within a sweep."""
+        if self._bound is None:
+            raise ModelError(f"state {self.name}: append was called on a state of a sweep that is over")
+        if self._rows is not None and not self.in_backward:
+            return _Following(rows).append(rows)
+        start, rows = self.length, rows.to(self._buffer.dtype)
+        stop = start + rows.shape[1]
+        if not self.in_backward:
+            self._length = stop
+            self._bits = checksum(rows)
+            if self.finer or stop > self._written:  # else they stand there, and are compared by their checksum
+                self._write(rows.detach(), start, stop)
+        differentiable = rows.is_floating_point() or rows.is_complex()
+        if differentiable:
+            self.require_grad_mode("append")
+        if not (torch.is_grad_enabled() and differentiable):
+            rows, all_rows = rows.detach(), self.prefix(stop)
+        else:
+            if self._anchor is None:
+                self._anchor = torch.zeros((), device=rows.device).requires_grad_()
+            all_rows = cast(Tensor, _Append.apply(rows, self._anchor, self, start))
+        following = Growing(all_rows, _link=_Following(all_rows))
+        if not self.in_backward:
+            # the edge as it is now: the model may go on to write to these rows in place
+            self._edge = get_gradient_edge(rows) if rows.requires_grad else None
+            self._rows, self._following = rows.detach(), following
+        return all_rows, following
+
+    def value_of(self, state: Growing) -> Tensor:
+        raise ModelError(
+            "the value of a Growing was read before append within a sweep, where it is not known yet; "
+            "take it from `rows, following = state.append(new_rows)`"
+        )
+
+    def _write(self, rows: Tensor, start: int, stop: int) -> None:
+        if stop > self._buffer.shape[1]:
+            guess = int(self._growth * (stop - start)) + start if self._lengths.first == start else 0
+            # whole 64 bytes from sequence to sequence of the batch, however often the buffer grows: see `store`
+            capacity = -(-max(stop, guess, self._buffer.shape[1] * 3 // 2) // 64) * 64
+            wider = self._store.space((rows.shape[0], capacity, *rows.shape[2:]), rows.dtype, self._device)
+            wider[:, :start] = self._buffer[:, :start]
+            self._buffer = wider
+        self._buffer[:, start:stop] = rows
+        self._written = max(self._written, stop)
+
+    def take(self, returned: Any) -> None:
+        if returned is not (self._bound if self._following is None else self._following):
+            raise self.wrong(returned)
+        known = self._lengths.at(self.span.stop)
+        if known is not None and known != self._length:
+            raise mismatch(self.name, self.span)
+
+    def checksum(self) -> Tensor | int:
+        return self._bits
+
+    def roots(self) -> list[Root]:
+        if self._rows is None or self._gradient is None or self._edge is None:
+            return []
+        start = self.length
+        g = self._gradient[:, start : start + self._rows.shape[1]]
+        return [Root(self._edge, g.to(self._device, self._rows.dtype))]
+
+    def sources(self) -> list[Tensor]:
+        return [] if self._anchor is None else [self._anchor]
+
+    def _settle(self) -> None:
+        if self.position == self.span.start:
+            self._length = self.length
+        self._forget()
+
+    def rewind(self) -> None:
+        if self._bound is not None:
+            self.position, self._length = self.span.start, self.length
+            if self.purpose is Purpose.FORWARD:
+                self._written = self._length
+        self._forget()
+
+    def _forget(self) -> None:
+        self._bound = self._following = self._rows = self._edge = self._anchor = None
+        self._bits = 0
+
+    def keep(self, store: Store, *, whole: bool) -> int | None:
+        return None if self._rolls_back and not whole else self._length
+
+    def load(self, store: Store, token: int, position: int) -> None:
+        self._length, self.position = token, position
+
+    def final(self) -> Growing:
+        return Growing(self.prefix(self._length))
+
+    def adjoint(self) -> Tensor | None:
+        return (
+            None if self._gradient is None else self._gradient[:, : self._length].to(self._device, self._buffer.dtype)
+        )
+
+    def set_adjoint(self, gradient: Tensor | None) -> None:
+        self._gradient = None
+        if gradient is not None:
+            self.add_gradient(gradient)
+
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.nbytes + (0 if self._gradient is None else self._gradient.nbytes)
+
+    def state(self) -> dict[str, Any]:
+        rows = self._buffer[:, : self._written].clone()
+        adjoint = None if self._gradient is None else self._gradient.clone()  # it may reach beyond the live rows
+        lengths = self._lengths.state()
+        return {"position": self.position, "length": self._length, "rows": rows, "adjoint": adjoint, "lengths": lengths}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.position, self._length, rows = state["position"], state["length"], state["rows"]
+        self._lengths.load_state(state["lengths"])
+        self._buffer, self._written = self._store.space(rows.shape, rows.dtype, self._device), rows.shape[1]
+        self._buffer.copy_(rows)
+        self._gradient = None
+        if (adjoint := state["adjoint"]) is not None:
+            self._gradient = self._store.space(adjoint.shape, adjoint.dtype, self._device).copy_(adjoint)

@@ -1,0 +1,120 @@
+"""Python values that cannot change (a position, a flag, None): kept by reference, compared by their text."""
+
+from __future__ import annotations
+
+import hashlib
+from enum import Enum
+from numbers import Number
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from slimgrad.errors import InputError, ModelError, SweepError
+from slimgrad.states.base import Carrier, Setting
+from slimgrad.sweep.store import Store
+
+
+class ValueCarrier(Carrier):
+    """Carries a Python value."""
+
+    def __init__(self, setting: Setting, initial: Any) -> None:
+        super().__init__(setting)
+        if not is_plain_value(initial):
+            raise ModelError(
+                f"state {self.name} is {described(initial)}: {_EXPECTED}. For an object that holds tensors, register "
+                "its type as a pytree (torch.utils._pytree.register_dataclass, register_pytree_node), or return a dict "
+                "of its tensors as the state"
+            )
+        self.value = self._returned = initial
+
+    def _bind(self) -> Any:
+        self._returned = self.value
+        return self.value
+
+    def take(self, returned: Any) -> None:
+        if not is_plain_value(returned):
+            begun = "None" if self.value is None else described(self.value)
+            raise ModelError(
+                f"state {self.name} began as {begun} and came back as {described(returned)} in tokens "
+                f"{self.span.start} to {self.span.stop - 1}: {_EXPECTED}. Begin with zeros: return from initial_state "
+                "tensors of the shapes that forward returns"
+            )
+        self._returned = returned
+
+    def checksum(self) -> int:
+        text = f"{type(self._returned).__qualname__} {self._returned!r}"
+        return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), signed=True)
+
+    def _settle(self) -> None:
+        if self.position == self.span.stop:
+            self.value = self._returned
+
+    def rewind(self) -> None:
+        self._returned = self.value
+
+    def keep(self, store: Store, *, whole: bool) -> tuple[Any]:
+        return (self.value,)
+
+    def load(self, store: Store, token: tuple[Any], position: int) -> None:
+        (self.value,), self.position = token, position
+
+    def pack(self, token: tuple[Any]) -> Any:
+        return (_packed(self.name, token[0]),)
+
+    def unpack(self, packed: Any) -> tuple[Any]:
+        (value,) = packed
+        # an enum is saved by its member's name; its type is that of the initial state
+        return (cast(Any, type(self.value))[value["enum"]] if isinstance(value, dict) else value,)
+
+    def final(self) -> Any:
+        return self._returned
+
+    def adjoint(self) -> None:
+        return None
+
+    def set_adjoint(self, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            raise SweepError(f"state {self.name} is a Python value and takes no gradient")
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position, "value": self.pack((self.value,)), "returned": self.pack((self._returned,))}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+        (value,), (self._returned,) = self.unpack(state["value"]), self.unpack(state["returned"])
+        self.value = value
+
+
+_EXPECTED = (
+    "expected a tensor, a PrefixSum, a Growing, or a plain value (None, a number, a string, bytes, an enum, a tuple of "
+    "these), in dicts, lists, tuples or registered pytrees"
+)
+
+
+def is_plain_value(x: Any) -> bool:
+    """Whether `x` is a Python value that nobody can change, and that holds no tensor."""
+    if isinstance(x, tuple):
+        return all(is_plain_value(part) for part in cast("tuple[Any, ...]", x))
+    return x is None or isinstance(x, Number | str | bytes | Enum | torch.dtype | torch.device)
+
+
+def _packed(name: str, x: Any) -> Any:
+    """`x` as a file can hold it that is read without running code."""
+    if isinstance(x, Enum):
+        return {"enum": x.name}
+    for part in x if isinstance(x, tuple) else (x,):
+        if isinstance(part, tuple):
+            _packed(name, part)
+        elif type(part) not in (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device):
+            raise InputError(f"state {name} holds {described(part)}, which cannot be saved; expected a plain value")
+    return x
+
+
+def described(x: Any) -> str:
+    """The type of `x`, and of what it holds."""
+    if isinstance(x, Tensor):
+        return f"a tensor {list(x.shape)}"
+    if isinstance(x, tuple | list):
+        return f"a {type(x).__name__} of {len(cast('list[Any]', x))}"
+    return f"a {type(x).__name__}"

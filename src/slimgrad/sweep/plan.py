@@ -1,0 +1,200 @@
+"""A schedule's actions over a sequence, in order: looked ahead in, entered in the middle, made finer on the way.
+
+The end of the sequence is part of it: where the state after the last chunk is wanted, that chunk is advanced like any
+other, and then reversed. A plan holds a position, and not its actions: a hundred thousand chunks cost nothing.
+
+A chunk that does not fit into memory is taken in parts. Where it fails in the first sweep, the sequence is cut finer
+there for good: both sweeps see the parts, and bits are compared as ever. Where a chunk went forward in one piece and
+fails in the reverse sweep, its parts have other shapes than it had, and so other bits: see `Step.finer`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from slimgrad.sweep.cut import Cut, Span
+from slimgrad.sweep.schedules.base import Action, Kind, Schedule
+
+FLOOR = 16  # tokens: fewer are not taken apart
+
+
+class Step(NamedTuple):
+    """One action, with its span in place of a chunk's number.
+
+    Attributes:
+        kind: what to do. REVERSE may find the state before the span, or after it where it can go back.
+        span: with which chunk, or part of one.
+        slot: of kept states. Those of parts are below -1, by their position.
+        finer: it is a part of a chunk that went forward whole. Its bits are not compared, and whole states are kept.
+    """
+
+    kind: Kind
+    span: Span
+    slot: int = -1
+    finer: bool = False
+
+
+class Plan:
+    """What is still to do.
+
+    Args:
+        cut: the chunks.
+        schedule: None for a forward sweep alone.
+        to_end: advance the last chunk too, for the state after it.
+    """
+
+    def __init__(self, cut: Cut, schedule: Schedule | None, *, to_end: bool) -> None:
+        self.cut, self.schedule, self.to_end = cut, schedule, to_end
+        self.reached = 0  # how far the first sweep has come
+        self.parts = 1  # in how many parts chunks are taken that have not gone forward yet, or were found too large
+        self._edges: list[int] = []  # where the first sweep cut within chunks
+        self._turned = False  # whether the reverse sweep has begun
+        self._taken = 0
+        self._actions = self._all_actions()
+        self._coming: deque[Step] = deque()
+
+    @property
+    def is_forward(self) -> bool:
+        """Whether the next action belongs to the first sweep."""
+        self._look(1)
+        return not self._turned and bool(self._coming) and self._coming[0].kind is not Kind.REVERSE
+
+    def next(self) -> Step | None:
+        """The next action; it stays the next one until it is `done`."""
+        self._look(1)
+        while self._coming:
+            self._turned = self._turned or self._coming[0].kind is Kind.REVERSE
+            parts = self._in_parts(self._coming[0])
+            if not parts:
+                return self._coming[0]
+            self._put_first(parts)
+        return None
+
+    def ahead(self, count: int) -> list[Step]:
+        """The next few actions, as far as they are known now."""
+        self._look(count)
+        return [self._coming[i] for i in range(min(count, len(self._coming)))]
+
+    def done(self) -> None:
+        """The next action has been carried out."""
+        step = self._coming.popleft()
+        if step.kind in (Kind.ADVANCE, Kind.REVERSE):
+            self.reached = max(self.reached, step.span.stop)
+
+    def split(self) -> bool:
+        """Take the next action, which did not fit into memory, in two parts. False where it cannot be."""
+        step = self._coming[0]
+        length = step.span.stop - step.span.start
+        is_again = step.kind is Kind.ADVANCE and not step.finer and step.span.stop <= self.reached
+        if length < 2 * FLOOR or is_again or step.kind is Kind.RETRACE:
+            return False
+        self.parts = max(self.parts, -(-self.cut.chunk * 2 // length))
+        if not step.finer:
+            return True  # `next` sees to it
+        parts = step.span.pieces(2)
+        if step.kind is Kind.ADVANCE:
+            self._put_first([Step(Kind.ADVANCE, part, finer=True) for part in parts])
+        else:
+            self._put_first(_from_before(parts, finer=True))
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands."""
+        return {
+            "taken": self._taken,
+            "coming": [[int(s.kind), *s.span, s.slot, s.finer] for s in self._coming],
+            "edges": list(self._edges),
+            "turned": self._turned,
+            "reached": self.reached,
+            "parts": self.parts,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Stand there."""
+        self._taken, self._edges, self._turned = state["taken"], list(state["edges"]), state["turned"]
+        self.reached, self.parts = state["reached"], state["parts"]
+        self._actions = self._all_actions()
+        for _ in range(self._taken):
+            next(self._actions)
+        self._coming = deque(Step(Kind(k), Span(start, stop), slot, f) for k, start, stop, slot, f in state["coming"])
+
+    def _all_actions(self) -> Iterator[Action]:
+        count, end = len(self.cut), self.to_end
+        if self.schedule is None:
+            yield from (Action(Kind.ADVANCE, chunk) for chunk in range(count))
+            return
+        for action in self.schedule.plan(count):
+            if action.kind is Kind.REVERSE and end:
+                slot, end = self.schedule.num_slots(count), False
+                yield Action(Kind.STORE, count - 1, slot)
+                yield Action(Kind.ADVANCE, count - 1)
+                yield Action(Kind.LOAD, count - 1, slot)
+                yield action
+                yield Action(Kind.FREE, count - 1, slot)
+            else:
+                yield action
+
+    def _look(self, count: int) -> None:
+        while len(self._coming) < count and (action := next(self._actions, None)) is not None:
+            self._taken += 1
+            self._coming.append(Step(action.kind, self.cut[action.chunk], action.slot))
+
+    def _put_first(self, steps: list[Step]) -> None:
+        self._coming.popleft()
+        self._coming.extendleft(reversed(steps))
+
+    def _in_parts(self, step: Step) -> list[Step]:
+        """What takes the place of a step over a whole chunk, if it is to be taken in parts."""
+        never = self.parts == 1 and not self._edges
+        if never or step.kind not in (Kind.ADVANCE, Kind.REVERSE) or step.finer:
+            return []
+        span, is_new = step.span, step.span.stop > self.reached
+        inside = self._edges[bisect_right(self._edges, span.start) : bisect_left(self._edges, span.stop)]
+        count = 1 if self.parts == 1 else (span.stop - span.start) // max(FLOOR, self.cut.chunk // self.parts)
+        if is_new and not inside and count > 1:
+            inside = [part.stop for part in span.pieces(count)[:-1]]
+            for edge in inside:
+                insort(self._edges, edge)
+        if inside:
+            parts = [Span(*edge) for edge in pairwise([span.start, *inside, span.stop])]
+            return self._as_the_first_sweep(step.kind, parts, is_new=is_new)
+        if step.kind is Kind.REVERSE and count > 1:
+            return [Step(Kind.RETRACE, span), *_from_before(span.pieces(count), finer=True)]
+        return []
+
+    def _as_the_first_sweep(self, kind: Kind, parts: list[Span], *, is_new: bool) -> list[Step]:
+        rolls_back = self.schedule is not None and self.schedule.rolls_back
+        if kind is Kind.ADVANCE:
+            steps = [[_store(part), Step(Kind.ADVANCE, part)] for part in parts]
+            return [step for pair in steps for step in (pair if rolls_back else pair[1:])]
+        if is_new or not rolls_back:
+            return _from_before(parts, finer=False)
+        steps = [[_load(part), Step(Kind.REVERSE, part), _free(part)] for part in reversed(parts)]
+        return [step for three in steps for step in three]
+
+
+def _from_before(parts: list[Span], *, finer: bool) -> list[Step]:
+    """Reverse a chunk in parts, from the state before it."""
+    steps: list[Step] = []
+    for part in parts[:-1]:
+        steps += [_store(part, finer), Step(Kind.ADVANCE, part, finer=finer)]
+    steps.append(Step(Kind.REVERSE, parts[-1], finer=finer))
+    for part in reversed(parts[:-1]):
+        steps += [_load(part), Step(Kind.REVERSE, part, finer=finer), _free(part)]
+    return steps
+
+
+def _store(part: Span, finer: bool = False) -> Step:
+    return Step(Kind.STORE, part, -2 - part.start, finer)
+
+
+def _load(part: Span) -> Step:
+    return Step(Kind.LOAD, part, -2 - part.start)
+
+
+def _free(part: Span) -> Step:
+    return Step(Kind.FREE, part, -2 - part.start)

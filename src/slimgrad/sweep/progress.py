@@ -1,0 +1,250 @@
+"""A gradient in progress, as a value: all that it is between two actions of its plan.
+
+    Progress = seed · plan (the cut, and where in it) · per leaf of the state: value, log, adjoint, kept copies
+               · recorded bits · gathered gradients · sums of losses and metrics · gradients of inputs
+
+So it can be looked at, saved, loaded and sent elsewhere. What runs it is `run.Run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from slimgrad.errors import ModelError, SweepError
+from slimgrad.gradients.buffers import refuse_escaped
+from slimgrad.states import carrier_for
+from slimgrad.states.base import Carrier, Purpose, Root, Setting, State, mismatch
+from slimgrad.sweep import tree
+from slimgrad.sweep.plan import Plan, Step
+from slimgrad.sweep.schedules.base import Kind
+from slimgrad.sweep.store import Store
+from slimgrad.sweep.witness import Witness, fetch
+
+
+class Saved(Protocol):
+    """A part of a progress that others own: gathered gradients, sums of losses."""
+
+    def state(self) -> Any:
+        """Tensors, numbers and the like, in dicts and lists."""
+        ...
+
+    def load_state(self, state: Any) -> None:
+        """Go on from there."""
+        ...
+
+
+class Progress:
+    """One gradient under way.
+
+    Args:
+        initial_state: the state before the first chunk.
+        plan: what is to be done.
+        seed: from which every chunk's own is derived.
+        parts: what others own of it, by name.
+    """
+
+    def __init__(self, initial_state: tree.Tree, plan: Plan, *, seed: int, parts: Mapping[str, Saved]) -> None:
+        self.plan, self.seed, self.parts = plan, seed, parts
+        schedule, count = plan.schedule, len(plan.cut)
+        leaves, self.spec = tree.flatten(initial_state)
+        self.skeleton = tree.skeleton(self.spec)
+        # slots of the plan, one for the end, and those that parts of chunks take
+        self.store = Store(
+            "device" if schedule is None else schedule.store, 0 if schedule is None else schedule.num_slots(count)
+        )
+        self.rows = Store("device" if schedule is None else schedule.rows)
+        self.carriers: list[Carrier] = [
+            carrier_for(leaf, Setting(index, name, schedule is not None and schedule.rolls_back, count, self.rows))
+            for index, (leaf, name) in enumerate(zip(leaves, tree.paths(initial_state), strict=True))
+        ]
+        self.slots: dict[int, tuple[int, list[Any]]] = {}  # position, and a token for each leaf
+        self.witness = Witness()
+        self.final_state: tree.Tree = None
+        self.final_gradient: Sequence[Tensor | None] = [None] * len(self.carriers)
+        self.phase = "new"
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of kept states, live state and adjoint."""
+        return self.store.nbytes + sum(carrier.nbytes for carrier in self.carriers)
+
+    def move(self, step: Step) -> None:
+        """Keep the live state in a slot, make a kept one the live one, or forget it."""
+        if step.kind is Kind.STORE:
+            tokens = [carrier.keep(self.store, whole=step.finer) for carrier in self.carriers]
+            self._drop(step.slot)  # a part of a part may begin where that one does
+            if any(token is not None for token in tokens):
+                self.slots[step.slot] = step.span.start, tokens
+        elif step.kind is Kind.FREE:
+            self._drop(step.slot)
+        else:
+            position, tokens = self.slots.get(step.slot, (0, []))
+            for carrier, token in zip(self.carriers, tokens, strict=False):
+                if token is not None:
+                    carrier.load(self.store, token, position)
+
+    def _drop(self, slot: int) -> None:
+        _, tokens = self.slots.pop(slot, (0, []))
+        for carrier, token in zip(self.carriers, tokens, strict=False):
+            if token is not None:
+                carrier.drop(self.store, token)
+
+    def fetch_ahead(self) -> None:
+        """Have what will be loaded next read beside the computation."""
+        if not self.store.is_file:
+            return
+        for step in self.plan.ahead(4):
+            if step.kind is Kind.LOAD and step.slot in self.slots:
+                for carrier, token in zip(self.carriers, self.slots[step.slot][1], strict=True):
+                    if token is not None:
+                        carrier.fetch(self.store, token)
+
+    def bind(self, step: Step, purpose: Purpose) -> tree.Tree:
+        """The state to hand to the model for a chunk."""
+        bound = [carrier.bind(step.span, purpose, finer=step.finer) for carrier in self.carriers]
+        return tree.unflatten(bound, self.spec)
+
+    def take(self, state: tree.Tree) -> None:
+        """Receive the state that the model returned."""
+        try:
+            leaves = tree.flatten_like(state, self.skeleton)
+        except ValueError as error:
+            raise ModelError(
+                f"the model returned a state of another structure than it was given: {error}. "
+                "forward and advance must return the state with the same keys, in the same containers"
+            ) from None
+        for carrier, leaf in zip(self.carriers, leaves, strict=True):
+            carrier.take(leaf)
+
+    def compare(self, step: Step, read: dict[str, Tensor], outputs: Sequence[Tensor]) -> None:
+        """Note the bits of what a chunk read and came to, or compare them: in one synchronisation."""
+        read, outputs, carriers = (read, outputs, self.carriers) if not step.finer else ({}, (), [])
+        bits = [carrier.checksum() for carrier in carriers]
+        loss = self.witness.of_loss(outputs)
+        found = iter(fetch([*(c.look() for c in self.carriers), *bits, *read.values(), *loss]))
+        looked = [(carrier, next(found)) for carrier in self.carriers]
+        changed = [number is not None and carrier.seen(number) for carrier, number in looked]
+        for carrier, moved in zip(carriers, changed, strict=False):
+            number = next(found)
+            (number,) = fetch([carrier.checksum()]) if moved else (number,)
+            if not self.witness.agrees(f"state {carrier.name}", carrier.checked, number):
+                raise mismatch(carrier.name, step.span)
+        for name in read:
+            self.witness.compare_read(name, step.span, next(found))
+        self.witness.compare_loss(step.span, list(found))
+
+    def roots(self) -> list[Root]:
+        """Where the adjoint enters the chunk's graph, which is gone through next."""
+        for carrier in self.carriers:
+            carrier.enter_backward()
+        return [root for carrier in self.carriers for root in carrier.roots()]
+
+    def sources(self) -> list[Tensor]:
+        """The leaves of the chunk's graph that stand for the state before it."""
+        return [source for carrier in self.carriers for source in carrier.sources()]
+
+    def settle(self, leaves: Sequence[Tensor]) -> None:
+        """The chunk is over: whatever still holds on to its graph may not go back through it."""
+        for leaf in (*leaves, *self.sources()):
+            leaf.register_hook(refuse_escaped)
+        for carrier in self.carriers:
+            carrier.settle()
+            carrier.in_backward = False
+
+    def rewind(self, step: Step) -> None:
+        """The step failed: it is as if it had not been tried."""
+        self.witness.forget_after(max(step.span.start, self.plan.reached))
+        for carrier in self.carriers:
+            carrier.rewind()
+            carrier.in_backward = False
+
+    def end(self) -> None:
+        """The state after the last chunk is at hand."""
+        if self.final_state is None:
+            self.final_state = tree.unflatten([carrier.final() for carrier in self.carriers], self.spec)
+
+    def expect(self, final_gradient: tree.Tree) -> None:
+        """The adjoint will begin with this: the state's tree, with a tensor or None for each leaf."""
+        leaves, got = tree.flatten(final_gradient)
+        if got != self.spec:
+            raise SweepError(
+                f"a state's gradient has another structure than the state; expected {self.spec}, got {got}"
+            )
+        for carrier, leaf in zip(self.carriers, leaves, strict=True):
+            if not (leaf is None or isinstance(leaf, Tensor)):
+                raise SweepError(
+                    f"the gradient of state {carrier.name}: expected a tensor or None, got {type(leaf).__name__}"
+                )
+        self.final_gradient = leaves
+
+    def enter_final_gradient(self) -> None:
+        """The adjoint begins, now that the final state and its shapes are known."""
+        leaves = tree.flatten_like(self.final_state, self.skeleton)  # a tuple may have come where None was
+        for carrier, gradient, leaf in zip(self.carriers, self.final_gradient, leaves, strict=True):
+            expected = getattr(leaf.value if isinstance(leaf, State) else leaf, "shape", None)
+            if gradient is not None and expected is not None and gradient.shape != expected:
+                raise SweepError(
+                    f"the gradient of state {carrier.name}: expected the final state's shape {list(expected)}, "
+                    f"got {list(gradient.shape)}"
+                )
+            carrier.set_adjoint(gradient)
+
+    def adjoint(self) -> tree.Tree:
+        """The gradient of the live state: its tree, with a tensor, or None for zeros, for each leaf."""
+        return tree.unflatten([carrier.adjoint() for carrier in self.carriers], self.spec)
+
+    def adjoint_norm(self) -> float:
+        """Of all leaves together."""
+        found = [a for a in (carrier.adjoint() for carrier in self.carriers) if a is not None]
+        return float(torch.stack([a.abs().float().norm() for a in found]).norm()) if found else 0.0
+
+    def close(self) -> None:
+        """Let go of states and files."""
+        self.phase = "closed"
+        self.slots.clear()
+        self.store.close()
+        self.rows.close()
+
+    def state(self) -> dict[str, Any]:
+        """All of it: tensors, numbers, plain values, in dicts, lists and tuples."""
+        slots = {
+            slot: [position, [_each(c.pack, token) for c, token in zip(self.carriers, tokens, strict=True)]]
+            for slot, (position, tokens) in self.slots.items()
+        }
+        return {
+            "seed": self.seed,
+            "phase": self.phase,
+            "plan": self.plan.state(),
+            "carriers": [carrier.state() for carrier in self.carriers],
+            "store": self.store.state(),
+            "slots": slots,
+            "witness": self.witness.state(),
+            "final state": tree.leaves(self.final_state) if self.final_state is not None else None,
+            "final gradient": list(self.final_gradient),
+            "parts": {name: part.state() for name, part in self.parts.items()},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from there. The progress must have been made for the same model, sequence and schedule."""
+        self.seed, self.phase, self.final_gradient = state["seed"], state["phase"], state["final gradient"]
+        self.plan.load_state(state["plan"])
+        self.store.load_state(state["store"])
+        for carrier, saved in zip(self.carriers, state["carriers"], strict=True):
+            carrier.load_state(saved)
+        for slot, (position, tokens) in state["slots"].items():
+            unpacked = [_each(c.unpack, token) for c, token in zip(self.carriers, tokens, strict=True)]
+            self.slots[slot] = position, unpacked
+        self.witness.load_state(state["witness"])
+        if state["final state"] is not None:
+            self.final_state = tree.unflatten(state["final state"], self.spec)
+        for name, part in self.parts.items():
+            part.load_state(state["parts"][name])
+
+
+def _each(function: Callable[[Any], Any], token: Any) -> Any:
+    """None stands for nothing kept."""
+    return None if token is None else function(token)

@@ -1,0 +1,1 @@
+"""How the reverse sweep finds the state before each chunk, one file per schedule."""

@@ -1,0 +1,302 @@
+"""Is it really exact? Chunked gradients against two references, for any model, in float64 by default.
+
+1. **sweep**: the same chunks in one graph. Differs from the sweep only in the sweep itself: states rolled back, kept or
+   recomputed, adjoints carried by hand, gradients gathered. Random draws included, since each chunk has its own seed.
+2. **step**: one call over the whole sequence, in eval mode (no random draws). Differs in the model: a step whose
+   outputs depend on where the sequence was cut fails here.
+
+The references slice, shift, count and add up on their own, so that a fault of the sweep's in these shows as well. They
+share with it the seed of each chunk and where it is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from slimgrad.api import backward
+from slimgrad.call.losses import cross_entropy_sum
+from slimgrad.call.program import LossFn
+from slimgrad.sweep import tree
+from slimgrad.sweep.random import seeded
+from slimgrad.sweep.schedules.base import Schedule
+from slimgrad.verification.comparison import (
+    Copier,
+    Finding,
+    Gradients,
+    NarrowCasts,
+    cast_along,
+    coarsest,
+    compare,
+    fresh,
+    in_short,
+    listed,
+    short,
+    tolerance_of,
+    widened,
+)
+from slimgrad.verification.reference import (
+    SEED,
+    Outcome,
+    Subject,
+    as_verified,
+    device_of,
+    in_one_graph,
+    loss_that_is_no_sum,
+    plain_loss,
+    sequences,
+    with_value,
+)
+
+_TITLES = {"sweep": "against the same chunks in one graph", "step": "against one call over the whole sequence"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found. `print` it, or `assert report.passed`.
+
+    Attributes:
+        findings: one per gradient and check.
+        global_errors: by check, ||all differences|| / ||all references||, the largest over parameters, inputs, context
+            and initial state.
+        loss_errors: by check, the relative difference of the losses.
+        tolerance: what every error must stay under.
+        setting: what was compared, in words.
+        notes: whatever else there is to say, a sentence each.
+    """
+
+    findings: tuple[Finding, ...]
+    global_errors: dict[str, float]
+    loss_errors: dict[str, float]
+    tolerance: float
+    setting: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gradient and loss is within the tolerance, in both checks."""
+        errors = [f.error for f in self.findings] + [*self.global_errors.values(), *self.loss_errors.values()]
+        return all(error <= self.tolerance for error in errors)  # NaN fails
+
+    @property
+    def worst(self) -> Finding | None:
+        """The finding that is farthest off."""
+        return max(self.findings, key=_farthest, default=None)
+
+    def __str__(self) -> str:
+        lines = [f"{'exact' if self.passed else 'NOT EXACT'}: {self.setting}; tolerance {self.tolerance:.0e}"]
+        for check, title in _TITLES.items():
+            everything, loss = self.global_errors[check], self.loss_errors[check]
+            lines.append(f"  {check} ({title}): all gradients {everything:.1e}, loss {loss:.1e}")
+            found = sorted((f for f in self.findings if f.check == check), key=_farthest, reverse=True)
+            lines += [f"    {f.error:8.1e}  {f.name}  (norm {f.norm:.2e})" for f in found[:5]]
+            if len(found) > 5:
+                lines.append(f"    and {len(found) - 5} more, all smaller")
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def _farthest(finding: Finding) -> tuple[bool, float]:
+    return finding.error != finding.error, finding.error
+
+
+def verify(
+    model: nn.Module,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    context: Any = None,
+    chunk: int = 64,
+    schedule: Schedule | None = None,
+    loss_fn: LossFn | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Report:
+    """Compare the chunked gradient of every parameter, floating input and initial state with plain backpropagation.
+
+    Works on a copy of the model in `dtype`, with inputs, targets, context and the tensors that `loss_fn` holds cast
+    along. A model that cannot be copied, or whose copy does not run in `dtype`, is verified in place and in its own
+    dtype, and the report says so. Either way the model, its gradients and the random state are as before afterwards.
+
+    Args:
+        model, inputs, targets, context, chunk, schedule, loss_fn: as in `slimgrad.backward`.
+        dtype: the precision of the comparison. A model that casts to float32 inside is held to float32's tolerance.
+
+    Returns:
+        A `Report` that says which check failed, where, by how much.
+
+    Raises:
+        Whatever `slimgrad.backward` raises for this model: what it refuses cannot be compared.
+
+    Cost: up to five gradients, two of them plain: memory linear in the sequence. Take one of a few chunks.
+    """
+    replaced = [
+        f"{type(module).__name__}.{name}"
+        for module in model.modules()
+        for name in ("forward", "advance", "initial_state", "_compiled_call_impl")
+        if vars(module).get(name) is not None
+    ]
+    if replaced:
+        reason = f"{', '.join(replaced)} was set on the instance, and a copy would run without it"
+    else:
+        try:
+            subject = _copied(model, inputs, targets, context, loss_fn, dtype)
+            measured = _measure(subject, chunk, schedule)
+        except Exception as error:  # noqa: BLE001  whatever somebody else's model raises; in place it may run
+            reason = f"a copy in {short(dtype)} did not run ({in_short(error)})"
+        else:
+            return _judged(subject, measured, chunk)
+    with _put_back(model):
+        own = coarsest(list(model.parameters()) or [*model.buffers(), *tree.tensors(inputs)])
+        note = f"{reason}: verified in place, in the model's own {short(own)}"
+        subject = Subject(model, inputs, targets, context, loss_fn, own, (note,))
+        return _judged(subject, _measure(subject, chunk, schedule), chunk)
+
+
+_Measured = dict[str, tuple[Outcome, Outcome]]  # by check: chunked, reference
+
+
+def _copied(
+    model: nn.Module, inputs: Any, targets: Any, context: Any, loss_fn: LossFn | None, dtype: torch.dtype
+) -> Subject:
+    copier = Copier(dtype)
+    copied = copier.module(model)
+    made = cast(Any, copied).initial_state if hasattr(copied, "initial_state") else None
+    if made is not None:
+
+        def initial_state(batch_size: int) -> Any:
+            return tree.map_leaves(partial(with_value, function=partial(widened, dtype=dtype)), made(batch_size))
+
+        cast(Any, copied).initial_state = initial_state
+    inputs, targets, context = (cast_along(x, dtype) for x in (inputs, targets, context))
+    return Subject(copied, inputs, targets, context, copier.function(loss_fn), dtype, default_dtype=dtype)
+
+
+def _measure(subject: Subject, chunk: int, schedule: Schedule | None) -> _Measured:
+    modes = [(module, module.training) for module in subject.model.modules()]
+    with as_verified(subject):
+        in_chunks = _swept(subject, chunk, schedule)
+        plain = in_one_graph(subject, chunk)
+        still = in_chunks
+        try:
+            if any(training for _, training in modes):
+                subject.model.eval()
+                still = _swept(subject, chunk, schedule)
+            whole = in_one_graph(subject, None)
+        finally:
+            for module, training in modes:
+                module.training = training
+    return {"sweep": (in_chunks, plain), "step": (still, whole)}
+
+
+def _judged(subject: Subject, measured: _Measured, chunk: int) -> Report:
+    """The report, at the tolerance of the coarsest precision that shows in the errors and is found in the model."""
+    notes, dtype = list(subject.notes), subject.dtype
+    report = _report(subject, measured, chunk, dtype, notes)
+    if report.passed:
+        return report
+    with as_verified(subject), (casts := NarrowCasts()).watching(), torch.no_grad():
+        plain_loss(subject, chunk)
+    if casts.dtype is not None and tolerance_of(casts.dtype) > report.tolerance:
+        dtype = casts.dtype
+        notes.append(
+            f"the model computes in {short(dtype)} inside ({listed(casts.places)}), so it is held to the "
+            f"tolerance of {short(dtype)}"
+        )
+    with as_verified(subject), torch.no_grad():
+        if report.loss_errors["step"] > tolerance_of(dtype):
+            notes += loss_that_is_no_sum(subject, chunk)
+    if any(outcome.loss != outcome.loss for pair in measured.values() for outcome in pair):
+        notes.append("the loss is NaN, so there is nothing to compare")
+    return _report(subject, measured, chunk, dtype, notes)
+
+
+def _report(subject: Subject, measured: _Measured, chunk: int, dtype: torch.dtype, notes: list[str]) -> Report:
+    findings: list[Finding] = []
+    global_errors: dict[str, float] = {}
+    loss_errors: dict[str, float] = {}
+    for check, (got, expected) in measured.items():
+        # one rounding of the loss: gradients this small are zero
+        rounding = torch.finfo(dtype).eps * abs(expected.loss)
+        found, global_errors[check] = compare(check, got.gradients, expected.gradients, dtype, rounding=rounding)
+        findings += found
+        loss_errors[check] = abs(got.loss - expected.loss) / max(abs(expected.loss), 1e-300)
+    empty = [f.name for f in findings if f.check == "sweep" and f.norm != f.norm]
+    if empty:
+        notes = [*notes, f"nothing but NaN and infinities in both gradients of {listed(empty)}: not compared"]
+    time = max(next(iter(tree.tensors(one))).shape[1] for one, _ in sequences(subject))
+    setting = f"{type(subject.model).__name__}, chunks of {chunk} in {time} tokens, {short(subject.dtype)}"
+    return Report(tuple(findings), global_errors, loss_errors, tolerance_of(dtype), setting, tuple(notes))
+
+
+def _swept(subject: Subject, chunk: int, schedule: Schedule | None) -> Outcome:
+    """The sweep's loss and gradients; takes the gradients off the model."""
+    model, inputs, context = subject.model, fresh(subject.inputs), fresh(subject.context)
+    with seeded(SEED, device_of(model)):
+        result = backward(
+            model,
+            inputs,
+            subject.targets,
+            context=context,
+            chunk=chunk,
+            schedule=schedule,
+            loss_fn=_measured_not_refused(subject.loss_fn) if subject.loss_fn else cross_entropy_sum,
+        )
+    gradients: Gradients = {"parameter": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+    for p in model.parameters():
+        p.grad = None
+    for kind, given in (("input", inputs), ("context", context)):
+        gradients[kind] = {f"{kind} {i}": x.grad for i, x in enumerate(tree.tensors(given)) if x.grad is not None}
+    names, leaves = tree.paths(result.initial_state_grad), tree.leaves(result.initial_state_grad)
+    gradients["initial state"] = {
+        f"initial state {name}": g for name, g in zip(names, leaves, strict=True) if isinstance(g, Tensor) and g.numel()
+    }
+    return Outcome(float(result.loss), gradients)
+
+
+def _measured_not_refused(loss_fn: LossFn) -> LossFn:
+    """A mean over the chunk, which `backward` refuses by its graph, is compared here, and named in a note."""
+
+    def once(outputs: Any, targets: Any) -> Any:
+        loss: Any = loss_fn(outputs, targets)
+        if isinstance(loss, dict):
+            return {**loss, "loss": loss["loss"] * 1} if "loss" in loss else loss
+        return loss * 1 if isinstance(loss, Tensor) else loss
+
+    return once
+
+
+@contextmanager
+def _put_back(model: nn.Module) -> Generator[None]:
+    """Afterwards the model is as it was: attributes, modes, parameters, buffers and every `.grad`."""
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    registered = [
+        (table, dict(table))
+        for module in model.modules()
+        for table in cast("tuple[dict[str, Any], ...]", (module._parameters, module._buffers))  # pyright: ignore[reportPrivateUsage]
+    ]
+    tensors = {id(x): x for _, before in registered for x in before.values() if x is not None}.values()
+    values = [(x, x.detach().clone()) for x in tensors]
+    given = [(p, p.grad) for p in model.parameters()]
+    for p, _ in given:
+        p.grad = None
+    # such a hook may be an optimiser; PyTorch keeps the table itself, so it is emptied and not replaced
+    hooks = [(table, dict(table)) for p in model.parameters() if (table := cast(Any, p)._post_accumulate_grad_hooks)]
+    for table, _ in hooks:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, before in (*attributes, *registered, *hooks):
+            table.clear()
+            table.update(before)
+        with torch.no_grad():
+            for x, value in values:
+                if not torch.equal(x, value):
+                    x.copy_(value)
+        for p, gradient in given:
+            p.grad = gradient

@@ -1,0 +1,390 @@
+"""A plan, carried out on positions instead of tensors: whole, failing anywhere, entered anywhere, looked ahead in.
+
+`Machine` is the sweep without a model. It has two leaves, one that can go back (a sum) and one that cannot (a plain
+tensor), and asserts of every step that both stand where it finds what it needs. Bits are a flag: whether a state has
+come through the very spans of the first sweep, as all states must that are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slimgrad import Binomial, Every, Keep, Rebuild, Schedule
+from slimgrad.sweep.cut import Cut, Span
+from slimgrad.sweep.plan import FLOOR, Plan, Step
+from slimgrad.sweep.schedules.base import Kind
+
+schedules = st.one_of(
+    st.just(Rebuild()), st.just(Keep()), st.builds(Every, st.integers(1, 6)), st.builds(Binomial, st.integers(1, 4))
+)
+cuts = st.builds(Cut, st.integers(1, 330), st.integers(1, 140)).filter(lambda cut: len(cut) <= 25)
+failures = st.sets(st.integers(0, 120), max_size=8)  # the attempts that fail, by number
+
+
+class Leaf(NamedTuple):
+    """Where a leaf of the state stands, and whether its bits are those of the first sweep."""
+
+    position: int
+    exact: bool = True
+
+
+class Machine:
+    """Carries out steps, asserting of each that it finds what it needs."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.rolls_back = plan.schedule is not None and plan.schedule.rolls_back
+        self.sum = self.tensor = Leaf(0)
+        self.slots: dict[int, tuple[Leaf | None, Leaf]] = {}
+        self.most_slots = 0
+        self.first: list[Span] = []  # the spans that the first sweep went through, and those reversed without it
+        self.reversed: list[Span] = []
+        self.steps: list[Step] = []
+
+    def do(self, step: Step) -> None:
+        self.steps.append(step)
+        getattr(self, step.kind.name.lower())(step)
+
+    def fail(self, step: Step) -> None:
+        """A chunk that is reversed from the state after it may have rolled back before it failed."""
+        if self.sum.position == step.span.stop:
+            self.sum = Leaf(step.span.start, self.sum.exact)
+
+    def store(self, step: Step) -> None:
+        assert self.sum.position == self.tensor.position == step.span.start
+        kept = None if self.rolls_back and not step.finer else self.sum
+        if step.slot in self.slots:  # a part of a part, which begins where that one does
+            assert step.slot < -1
+            assert self.slots[step.slot][1] == self.tensor
+        self.slots[step.slot] = kept, self.tensor
+        self.most_slots = max(self.most_slots, len(self.slots))
+
+    def load(self, step: Step) -> None:
+        kept, self.tensor = self.slots[step.slot]
+        self.sum = kept or self.sum
+        assert self.tensor.position == step.span.start
+
+    def free(self, step: Step) -> None:
+        gone = self.slots.pop(step.slot, None)
+        assert gone or step.slot < -1  # the first of a part's own parts was freed in its place
+
+    def advance(self, step: Step) -> None:
+        assert self.sum.position == self.tensor.position == step.span.start
+        self.sum = self.tensor = Leaf(step.span.stop, self.bits(step, self.sum.exact and self.tensor.exact))
+
+    def retrace(self, step: Step) -> None:
+        assert step.span in self.first
+        self.find(step)
+        self.sum = Leaf(step.span.start, self.sum.exact)
+
+    def reverse(self, step: Step) -> None:
+        assert step.span.stop == (self.reversed[-1].start if self.reversed else self.plan.cut.length)
+        self.find(step)
+        self.bits(step, self.tensor.exact)
+        self.sum = Leaf(step.span.start, self.sum.exact)
+        self.reversed.append(step.span)
+
+    def find(self, step: Step) -> None:
+        """The tensor stands before the chunk; the sum there too, or after it where the schedule rolls back."""
+        assert self.tensor.position == step.span.start
+        if self.sum.position != step.span.start:
+            assert self.rolls_back
+            assert self.sum.position == step.span.stop
+            assert not step.finer
+
+    def bits(self, step: Step, exact: bool) -> bool:
+        """Whether a chunk's bits are those of the first sweep; where they are compared, they must be."""
+        if step.finer:  # part of one that went forward whole
+            assert any(one.start <= step.span.start and step.span.stop <= one.stop for one in self.first)
+            return False
+        assert exact
+        if not self.first or step.span.start == self.first[-1].stop:
+            self.first.append(step.span)
+        assert step.span in self.first
+        return True
+
+    def require_done(self) -> None:
+        covered = sorted(self.reversed)
+        assert covered[0].start == 0
+        assert covered[-1].stop == self.plan.cut.length
+        assert all(left.stop == right.start for left, right in pairwise(covered))
+        assert not self.slots
+        assert self.sum == self.tensor == Leaf(0)  # the initial state, whose gradient is handed out
+
+
+def carry_out(machine: Machine, failing: Iterable[int] = (), attempt: int = 0) -> int:
+    """To the end; the attempts in `failing` fail, if the step can be taken in parts. Returns how many failed."""
+    plan, failed, failing = machine.plan, 0, set(failing)
+    while (step := plan.next()) is not None:
+        assert attempt < 4000, "no end"
+        if attempt in failing and step.kind in (Kind.ADVANCE, Kind.REVERSE) and plan.split():
+            machine.fail(step)
+            failed += 1
+        else:
+            machine.do(step)
+            plan.done()
+        attempt += 1
+    return failed
+
+
+def whole_steps(schedule: Schedule, cut: Cut) -> list[Step]:
+    return [Step(action.kind, cut[action.chunk], action.slot) for action in schedule.plan(len(cut))]
+
+
+# --- whole ---
+
+
+@given(schedules, cuts)
+def test_without_an_end_it_is_the_schedule_over_spans(schedule: Schedule, cut: Cut) -> None:
+    machine = Machine(Plan(cut, schedule, to_end=False))
+    carry_out(machine)
+    assert machine.steps == whole_steps(schedule, cut)
+    machine.require_done()
+
+
+@given(schedules, cuts)
+def test_the_end_is_part_of_it(schedule: Schedule, cut: Cut) -> None:
+    """The last chunk is advanced once, from a state that is kept for it, and nothing else changes."""
+    machine = Machine(Plan(cut, schedule, to_end=True))
+    carry_out(machine)
+    machine.require_done()
+    last, slot = cut[len(cut) - 1], schedule.num_slots(len(cut))
+    at = next(number for number, step in enumerate(machine.steps) if step.kind is Kind.REVERSE)
+    assert machine.steps[at - 3 : at + 2] == [
+        Step(Kind.STORE, last, slot),
+        Step(Kind.ADVANCE, last),
+        Step(Kind.LOAD, last, slot),
+        Step(Kind.REVERSE, last),
+        Step(Kind.FREE, last, slot),
+    ]
+    without = [*machine.steps[: at - 3], machine.steps[at], *machine.steps[at + 2 :]]
+    assert without == whole_steps(schedule, cut)
+    assert machine.most_slots <= slot + 1
+
+
+@given(cuts)
+def test_without_a_schedule_it_only_goes_forward(cut: Cut) -> None:
+    machine = Machine(Plan(cut, None, to_end=False))
+    carry_out(machine)
+    assert machine.steps == [Step(Kind.ADVANCE, cut[number]) for number in range(len(cut))]
+
+
+@given(schedules, cuts, st.booleans(), failures)
+def test_the_first_sweep_ends_with_the_state_that_is_wanted(
+    schedule: Schedule, cut: Cut, to_end: bool, failing: set[int]
+) -> None:
+    plan = Plan(cut, schedule, to_end=to_end)
+    machine, attempt = Machine(plan), 0
+    while plan.is_forward:
+        step = plan.next()
+        if attempt in failing and step.kind is Kind.ADVANCE and plan.split():
+            machine.fail(step)
+        else:
+            machine.do(step)
+            plan.done()
+        attempt += 1
+    assert not machine.reversed
+    assert plan.reached == (cut.length if to_end else cut[len(cut) - 1].start)
+    assert machine.tensor.position == cut[len(cut) - 1].start or len(machine.first) > len(cut)
+    carry_out(machine)
+    assert not plan.is_forward
+    machine.require_done()
+
+
+# --- failing ---
+
+
+@settings(max_examples=600)
+@given(schedules, cuts, st.booleans(), failures)
+def test_wherever_it_fails_every_token_is_reversed_once(
+    schedule: Schedule, cut: Cut, to_end: bool, failing: set[int]
+) -> None:
+    machine = Machine(Plan(cut, schedule, to_end=to_end))
+    carry_out(machine, failing)
+    machine.require_done()
+
+
+@settings(max_examples=200)
+@given(schedules, cuts, st.booleans())
+def test_whatever_fails_until_nothing_can_be_split(schedule: Schedule, cut: Cut, to_end: bool) -> None:
+    """Every attempt fails: the parts end up below twice the floor, and none below the floor but what was so short."""
+    machine = Machine(Plan(cut, schedule, to_end=to_end))
+    carry_out(machine, range(4000))
+    machine.require_done()
+    shortest = min(min(stop - start for start, stop in machine.reversed), FLOOR)
+    assert max(stop - start for start, stop in machine.reversed) < 2 * FLOOR
+    assert shortest == min(FLOOR, cut.chunk, cut[len(cut) - 1].stop - cut[len(cut) - 1].start)
+
+
+@given(schedules, st.booleans(), st.integers(2, 9))
+def test_later_chunks_are_cut_as_finely_at_once(schedule: Schedule, to_end: bool, count: int) -> None:
+    """One failure in the first chunk, and no other has to fail: not again where it is advanced again, either."""
+    machine = Machine(Plan(Cut(64 * count, 64), schedule, to_end=to_end))
+    first = next(number for number, step in enumerate(whole_steps(schedule, machine.plan.cut)) if step.kind == 2)
+    assert carry_out(machine, {first}) == 1
+    machine.require_done()
+    assert {stop - start for start, stop in machine.reversed} == {32}
+    assert not any(step.finer for step in machine.steps)
+
+
+@given(schedules, st.integers(2, 9))
+def test_what_went_forward_whole_is_reversed_in_parts_from_before(schedule: Schedule, count: int) -> None:
+    plan = Plan(Cut(64 * count, 64), schedule, to_end=True)
+    machine = Machine(plan)
+    while plan.is_forward:
+        machine.do(plan.next())
+        plan.done()
+    assert carry_out(machine, {0}) == 1
+    machine.require_done()
+    assert {stop - start for start, stop in machine.reversed} == {32}
+    assert all(step.finer for step in machine.steps if step.kind is Kind.REVERSE)
+    assert len([step for step in machine.steps if step.kind is Kind.RETRACE]) == count
+
+
+@pytest.mark.parametrize(("length", "splits"), [(2 * FLOOR, True), (2 * FLOOR - 1, False), (1, False)])
+@pytest.mark.parametrize("schedule", [Rebuild(), Keep(), Every(2), Binomial(2), None], ids=str)
+def test_the_floor(schedule: Schedule | None, length: int, splits: bool) -> None:
+    plan = Plan(Cut(length, length), schedule, to_end=False)
+    while plan.next().kind not in (Kind.ADVANCE, Kind.REVERSE):
+        plan.done()
+    assert plan.split() is splits
+    while plan.next().kind not in (Kind.ADVANCE, Kind.REVERSE):
+        plan.done()
+    assert plan.next().span.stop == (length // 2 if splits else length)
+
+
+@pytest.mark.parametrize("to_end", [True, False])
+@pytest.mark.parametrize("schedule", [Every(3), Binomial(1)], ids=str)
+def test_what_is_advanced_again_must_have_the_bits_that_it_had(schedule: Schedule, to_end: bool) -> None:
+    """It is refused to take a chunk in parts that went forward whole and whose state others start from."""
+    plan = Plan(Cut(64 * 6, 64), schedule, to_end=to_end)
+    again = 0
+    while (step := plan.next()) is not None:
+        if step.kind is Kind.ADVANCE and step.span.stop <= plan.reached:
+            again += 1
+            assert not plan.split()
+        plan.done()
+    assert again == schedule.num_advances(6) - 5
+
+
+def test_neither_a_retrace_nor_a_move_is_split() -> None:
+    plan = Plan(Cut(128, 64), Keep(), to_end=False)
+    machine = Machine(plan)
+    refused = set()
+    while (step := plan.next()) is not None:
+        if step.kind is Kind.REVERSE and step.span == (0, 64):
+            assert plan.split()
+            machine.fail(step)
+            continue
+        if step.kind is Kind.RETRACE:
+            assert not plan.split()
+            refused.add(step.kind)
+        machine.do(step)
+        plan.done()
+    assert refused == {Kind.RETRACE}
+    machine.require_done()
+
+
+# --- entered in the middle ---
+
+
+@settings(max_examples=60)
+@given(schedules, cuts.filter(lambda cut: len(cut) <= 8), st.booleans(), failures)
+def test_a_saved_plan_goes_on_alike(schedule: Schedule, cut: Cut, to_end: bool, failing: set[int]) -> None:
+    """Saved before every attempt, as plain values, which later steps leave alone."""
+    plan = Plan(cut, schedule, to_end=to_end)
+    saved: list[tuple[Any, str]] = []
+    steps: list[Step] = []
+    while (step := plan.next()) is not None:
+        state = plan.state()
+        saved.append((state, json.dumps(state)))
+        steps.append(step)
+        if not (len(steps) - 1 in failing and step.kind in (Kind.ADVANCE, Kind.REVERSE) and plan.split()):
+            plan.done()
+    for attempt, (state, text) in enumerate(saved):
+        assert json.dumps(state) == text
+        again = Plan(cut, schedule, to_end=to_end)
+        again.load_state(json.loads(text))
+        rest: list[Step] = []
+        while (step := again.next()) is not None:
+            rest.append(step)
+            number = attempt + len(rest) - 1
+            if not (number in failing and step.kind in (Kind.ADVANCE, Kind.REVERSE) and again.split()):
+                again.done()
+        assert rest == steps[attempt:]
+
+
+# --- looked ahead in ---
+
+
+@settings(max_examples=100)
+@given(schedules, cuts, st.booleans(), failures, st.lists(st.integers(0, 9), min_size=1, max_size=7))
+def test_looking_ahead_changes_nothing(
+    schedule: Schedule, cut: Cut, to_end: bool, failing: set[int], counts: list[int]
+) -> None:
+    looking, other = (Plan(cut, schedule, to_end=to_end) for _ in range(2))
+    attempt = 0
+    while (step := other.next()) is not None:
+        count = counts[attempt % len(counts)]
+        assert len(looking.ahead(count)) <= count
+        assert looking.next() == step
+        ahead = looking.ahead(count + 1)
+        assert ahead[0] == step
+        if attempt in failing and step.kind in (Kind.ADVANCE, Kind.REVERSE):
+            split = other.split()
+            assert looking.split() is split
+            if split:
+                attempt += 1
+                continue
+        looking.done()
+        other.done()
+        attempt += 1
+    assert looking.next() is None
+    assert looking.ahead(3) == []
+
+
+@given(schedules, cuts, st.booleans(), st.integers(0, 9))
+def test_what_is_ahead_comes(schedule: Schedule, cut: Cut, to_end: bool, count: int) -> None:
+    plan = Plan(cut, schedule, to_end=to_end)
+    promised: list[list[Step]] = []
+    steps: list[Step] = []
+    while (step := plan.next()) is not None:
+        promised.append(plan.ahead(count))
+        steps.append(step)
+        plan.done()
+    assert promised == [steps[number : number + count] for number in range(len(steps))]
+
+
+# --- of any length ---
+
+
+@pytest.mark.parametrize("schedule", [Rebuild(), Keep(), Every(316), Binomial(8)], ids=str)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_hundred_thousand_chunks_cost_next_to_nothing(schedule: Schedule, fails: bool) -> None:
+    """Measured at every thousandth step: 3 kB, and 16 with Every, which lists its segments. A chunk that is cut finer
+    in the first sweep adds its edges for good, 40 bytes each: here one.
+    """
+    cut = Cut(100_000 * 64, 64)
+    tracemalloc.start()
+    plan, taken = Plan(cut, schedule, to_end=True), 0
+    most = 0
+    while (step := plan.next()) is not None and taken < 60_000:
+        if fails and step.kind is Kind.ADVANCE and plan.split():
+            fails, plan.parts = False, 1
+            continue
+        if taken % 1000 == 0:
+            plan.ahead(4)
+            most = max(most, tracemalloc.get_traced_memory()[0])
+        plan.done()
+        taken += 1
+    tracemalloc.stop()
+    assert taken == 60_000
+    assert most < 30_000
