@@ -271,11 +271,11 @@ def fails_at(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int,
     """One call of a method raises, before or after it has done its work."""
     original, calls = getattr(owner, name), [0]
 
-    def method(self: Any, *arguments: Any) -> Any:
+    def method(self: Any, *arguments: Any, **options: Any) -> Any:
         calls[0] += 1
         if calls[0] == call and not after:
             raise MemoryError("pretended")
-        result = original(self, *arguments)
+        result = original(self, *arguments, **options)
         if calls[0] == call and after:
             raise MemoryError("pretended")
         return result
@@ -305,6 +305,16 @@ def test_what_fails_when_a_chunk_has_been_run_is_right_or_refused(
         for x, y in zip(gradients(model), expected, strict=True):
             assert float((x - y).norm()) <= 1e-12 * float(y.norm())
     assert its_own(model) == before
+
+
+def test_what_fails_when_an_adjoint_is_put_away_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no parameter has a share in it."""
+    model = build(GatedRecurrence).requires_grad_(False)
+    start = model.initial_state(2)["h"].clone().requires_grad_()
+    fails_at(monkeypatch, Progress, "settle", 3, after=False)
+    with pytest.raises(sg.MemoryLimitError, match="tokens 128 to 191 did not fit into memory"):
+        sg.backward(model, TOKENS[:, :192], chunk=CHUNK, state=model.initial_state(2) | {"h": start})
+    assert start.grad is None
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -120,12 +120,16 @@ class Progress:
         for carrier, leaf in zip(self.carriers, leaves, strict=True):
             carrier.take(leaf)
 
-    def compare(self, step: Step, read: dict[str, Tensor], outputs: Sequence[Tensor]) -> None:
-        """Note the bits of what a chunk read and came to, or compare them: in one synchronisation."""
-        read, outputs, carriers = (read, outputs, self.carriers) if not step.finer else ({}, (), [])
-        bits = [carrier.checksum() for carrier in carriers]
+    def compare(self, step: Step, read: dict[str, Tensor], outputs: Sequence[Tensor], *, bits: bool = True) -> None:
+        """Note the bits of what a chunk read and came to, or compare them: in one synchronisation.
+
+        Without `bits`, and for a finer step, look at what exact sums must know alone.
+        """
+        compared = bits and not step.finer
+        read, outputs, carriers = (read, outputs, self.carriers) if compared else ({}, (), [])
+        checksums = [carrier.checksum() for carrier in carriers]
         loss = self.witness.of_loss(outputs)
-        found = iter(fetch([*(c.look() for c in self.carriers), *bits, *read.values(), *loss]))
+        found = iter(fetch([*(c.look() for c in self.carriers), *checksums, *read.values(), *loss]))
         looked = [(carrier, next(found)) for carrier in self.carriers]
         changed = [number is not None and carrier.seen(number) for carrier, number in looked]
         for carrier, moved in zip(carriers, changed, strict=False):

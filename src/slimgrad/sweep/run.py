@@ -121,7 +121,7 @@ class Run:
                 progress.fetch_ahead()
                 result = self._reverse(step, cotangents) if step.kind is Kind.REVERSE else self._advance(step, head)
         except Exception as error:
-            wanted_graph = not self._keeps_graphs and wants_graph(error)
+            wanted_graph = step.kind is not Kind.REVERSE and not self._keeps_graphs and wants_graph(error)
             if not (wanted_graph or is_allocation_failure(error)):
                 raise
             failure = f"{type(error).__name__}: {error}"
@@ -175,8 +175,7 @@ class Run:
                     "taken in parts: the model draws random numbers there (dropout), and would draw others for other "
                     "shapes. Use a smaller chunk=, or turn dropout off"
                 )
-        if self._differentiates:
-            progress.compare(step, piece.read, result.outputs)
+        progress.compare(step, piece.read, result.outputs, bits=self._differentiates)
         progress.settle(piece.leaves)
         if is_first:
             if span.stop == progress.plan.cut.length:
