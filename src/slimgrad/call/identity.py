@@ -39,7 +39,9 @@ def identity_of(call: Call, loss_fn: LossFn) -> dict[str, Any]:
             "training modes": modes,
             "sequence": f"batch {one.batch}, {one.time} tokens",
             "inputs that take gradients": str([i for i, g in enumerate(one.collected.input_grads) if g is not None]),
+            "sinks": ", ".join([] if call.gather is None else call.gather.sinks) or "none",
             "loss function": loss_name(loss_fn),
+            "device": one.device.type,
             **environment(),
         }
     )

@@ -91,6 +91,9 @@ class ChunkProgram:
             `per_token`: -> `[batch, time]`. None: the outputs themselves are wanted.
         per_token: keep every token's loss instead of adding them up.
         collect_in: the sweep in which losses are noted, "forward" or "reverse".
+
+    Attributes:
+        compares_targets: whether targets are read in both sweeps, also where only one of them needs them.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class ChunkProgram:
         self.cut = Cut(data.time, chunk)
         self._loss_fn, self._per_token, self._collect_in = loss_fn, per_token, collect_in
         self._counts = loss_fn is not None and data.count() is None
+        self.compares_targets = self._counts or collect_in == "forward"
         self._spec: tree.TreeSpec | None = None  # of the outputs
         wanted = set(data.inputs.grad_positions) if shared.gather is not None else set[int]()
         leaves = [] if data.inputs.whole is None else data.inputs.flatten(data.inputs.whole)
@@ -154,10 +158,10 @@ class ChunkProgram:
 
     def read(self, span: Span, *, head: bool) -> Piece:
         """The chunk, from wherever it comes."""
-        targets = self._loss_fn is not None and (head or self._counts)
+        targets = self._loss_fn is not None and (head or self.compares_targets)
         data = self.data.read(*span, targets=targets)
         # what only one sweep reads needs no checksum
-        compared = data if self._counts or self._collect_in == "forward" else data._replace(targets=None)
+        compared = data if self.compares_targets else data._replace(targets=None)
         read, leaves = self.data.checksums(compared), list[Tensor]()
         inputs = data.inputs
         if any(g is not None for g in self.collected.input_grads):

@@ -13,6 +13,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +24,7 @@ from torch.serialization import safe_globals
 from slimgrad.errors import InputError
 from slimgrad.runs.files import PARTIAL, push_to_disk, sha256, storage_errors, write_atomically
 from slimgrad.states.base import State
+from slimgrad.sweep import tree
 from slimgrad.sweep.kinds import subclasses
 from slimgrad.sweep.schedules.base import Schedule
 
@@ -30,15 +32,23 @@ _RECORD, _FORMAT = "segment.json", 1
 
 
 class _Hashing:
-    """A file that is hashed as it is written."""
+    """A file that is hashed as it is written.
+
+    An error is kept for the end: torch.save would put one of its own in its place.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.hash, self.num_bytes = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.hash.update(data)
         self.num_bytes += len(data)
-        return self._file.write(data)
+        try:
+            return len(data) if self.error is not None else self._file.write(data)
+        except OSError as error:
+            self.error = error
+            return len(data)
 
     def flush(self) -> None:
         self._file.flush()
@@ -57,6 +67,8 @@ def write_document(folder: Path, document: dict[str, Any]) -> None:
             with partial.open("wb") as file:
                 hashing = _Hashing(file)
                 torch.save(document, hashing)  # pyright: ignore[reportArgumentType]
+                if hashing.error is not None:
+                    raise hashing.error
             push_to_disk(partial)
             name = f"progress-{hashing.hash.hexdigest()[:16]}.pt"
             partial.replace(folder / name)
@@ -67,11 +79,12 @@ def write_document(folder: Path, document: dict[str, Any]) -> None:
     write_atomically(folder / _RECORD, (json.dumps(record, indent=1) + "\n").encode())
     for old in folder.glob("progress-*.pt"):
         if old.name != name:
-            old.unlink(missing_ok=True)
+            with suppress(OSError):  # mapped by a load, which Windows does not let go
+                old.unlink()
 
 
 def read_document(folder: Path) -> dict[str, Any]:
-    """What `write_document` wrote last.
+    """What `write_document` wrote last. Its tensors are mapped from the file, which may go meanwhile.
 
     Raises:
         InputError: nothing is there, or it is damaged.
@@ -85,7 +98,7 @@ def read_document(folder: Path) -> dict[str, Any]:
         if sha256(file) != record["sha256"]:
             raise InputError(f"{file} is damaged: expected sha256 {record['sha256'][:12]}..., found another")
         with safe_globals(list(subclasses(State))):  # pyright: ignore[reportArgumentType]
-            return torch.load(file, weights_only=True)
+            return torch.load(file, weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise InputError(f"{folder}: expected a saved segment, found no {Path(str(error.filename)).name}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, pickle.UnpicklingError) as error:
@@ -112,3 +125,18 @@ def schedule_from_dict(saved: dict[str, Any]) -> Schedule:
 
 def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def structure_as_text(spec: tree.TreeSpec) -> str:
+    """A tree's structure, for a file that is read without running code.
+
+    Raises:
+        InputError: it has containers that cannot be written.
+    """
+    with suppress(NotImplementedError, TypeError):  # no text; or one that gives other keys back
+        if tree.loads(tree.dumps(spec)) == spec:
+            return tree.dumps(spec)
+    raise InputError(
+        "the state that was passed as state= cannot be saved: expected dicts (with keys of text or numbers), lists and "
+        f"tuples, got {spec}. A named tuple needs a name: torch.utils._pytree._register_namedtuple"
+    )

@@ -21,9 +21,16 @@ from slimgrad.call.identity import differences, identity_of
 from slimgrad.call.losses import cross_entropy_sum
 from slimgrad.call.parallel import one_thread_at_a_time, refuse_unsynchronised
 from slimgrad.call.program import LossFn, sum_dtype
-from slimgrad.call.saving import read_document, schedule_as_dict, schedule_from_dict, write_document
+from slimgrad.call.saving import (
+    read_document,
+    schedule_as_dict,
+    schedule_from_dict,
+    structure_as_text,
+    write_document,
+)
 from slimgrad.errors import ConsumedError, InputError, MemoryLimitError
 from slimgrad.gradients.sink import Sink
+from slimgrad.states.values import packed_value, unpacked_value
 from slimgrad.sweep import tree
 from slimgrad.sweep.compiled import not_traced
 from slimgrad.sweep.plan import FLOOR
@@ -70,6 +77,8 @@ class Segment:
         options = Options(context, chunk, schedule, self._loss_fn, "targets", state, self._tell)
         self._call = Call(model, inputs, targets, options, gathers=True, sink=sink, collect_in="reverse")
         self._call.require_something_to_differentiate()
+        program = self._call.sequences[0]
+        program.compares_targets = program.data.targets is not None  # others may come with a load
         self._started: Started = self._call.start(0, to_end=True)
         self._identity: dict[str, Any] | None = None
         self._folder: Path | None = None
@@ -129,15 +138,17 @@ class Segment:
     def _reverse(self, final_state_grad: Any) -> Any:
         while True:
             plan, loss_grad = self._started.run.progress.plan, self._loss_grad
+            before = plan.parts
             cotangent = self._cotangent()
             try:
                 return self._started.reverse(lambda _, cotangent=cotangent: [cotangent], final_state_grad)
             except MemoryLimitError:
-                if self._folder is None or plan.cut.chunk // (2 * plan.parts) < FLOOR:
+                parts = plan.parts if plan.parts > before else 2 * plan.parts  # more, if it was split on the way
+                if self._folder is None or plan.cut.chunk // parts < FLOOR:
                     raise
-            logger.warning("going on from %s, in parts half as long", self._folder)
+            logger.warning("going on from %s, in %d parts a chunk", self._folder, parts)
             self._go_on_from(read_document(self._folder))
-            self._loss_grad, self._started.run.progress.plan.parts = loss_grad, 2 * plan.parts
+            self._loss_grad, self._started.run.progress.plan.parts = loss_grad, parts
             if self.phase in ("new", "forward"):
                 self._started.run.forward()
 
@@ -161,19 +172,19 @@ class Segment:
             ConsumedError: the gradient is delivered, there is nothing to save.
         """
         refuse_nesting()
-        assert self._call.gather is not None
-        self._call.gather.refuse_sinks_without_state()
+        self._require_savable_sinks()
         if self.phase == "closed":
             raise ConsumedError("this segment is done: its gradients are in .grad, and there is nothing to save")
         if self._identity is None:
             self._identity = identity_of(self._call, self._loss_fn)
         leaves, spec = tree.flatten(self._given_state)
+        given = [packed_value(name, leaf) for name, leaf in zip(tree.paths(self._given_state), leaves, strict=True)]
         document = {
             "identity": self._identity,
             "chunk": self._started.program.cut.chunk,
             "schedule": schedule_as_dict(self._call.schedule),
             "loss_grad": self._loss_grad,
-            "state": None if self._given_state is None else [tree.dumps(spec), leaves],
+            "state": None if self._given_state is None else [structure_as_text(spec), given],
             "progress": self._started.run.progress.state(),
         }
         self._folder = Path(folder)
@@ -207,7 +218,7 @@ class Segment:
         state = None
         if document["state"] is not None:
             spec, leaves = document["state"]
-            state = tree.unflatten(leaves, tree.loads(spec))
+            state = tree.unflatten([unpacked_value(leaf) for leaf in leaves], tree.loads(spec))
         segment = cls(
             model,
             inputs,
@@ -220,6 +231,7 @@ class Segment:
             on_chunk=on_chunk,
             sink=sink,
         )
+        segment._require_savable_sinks()
         segment._identity = identity_of(segment._call, segment._loss_fn)
         differing = differences(document["identity"], segment._identity)
         if differing:
@@ -244,6 +256,10 @@ class Segment:
                     f"the model makes another initial state than when the segment was saved ({carrier.name}); expected "
                     "initial_state to depend on its weights and torch's generators alone"
                 )
+
+    def _require_savable_sinks(self) -> None:
+        assert self._call.gather is not None
+        self._call.gather.refuse_sinks_without_state()
 
     def _tell(self, event: Event) -> None:
         if self.on_chunk is not None:

@@ -6,14 +6,24 @@ where several processes share one sequence.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slimgrad.states import raw_tensor
 from slimgrad.states.base import State
 from slimgrad.sweep import tree
+
+
+@dataclass(frozen=True)
+class _Emptied:
+    """What goes ahead of a tensor: its shape, and its leaf without its numbers."""
+
+    shape: torch.Size
+    leaf: Tensor | State
 
 
 def send_state(state: Any, to: int, group: dist.ProcessGroup | None = None) -> int:
@@ -27,16 +37,20 @@ def send_state(state: Any, to: int, group: dist.ProcessGroup | None = None) -> i
     Returns:
         Bytes of the tensors sent.
     """
-    leaves, spec = tree.flatten(state)
-    raw = [leaf.value if isinstance(leaf, State) else leaf for leaf in leaves]
-    form = [
-        (type(leaf) if isinstance(leaf, State) else None, (x.shape, x.dtype) if isinstance(x, Tensor) else x)
-        for leaf, x in zip(leaves, raw, strict=True)
-    ]
-    dist.send_object_list([tree.dumps(spec), form], dst=to, group=group)
-    tensors = [x.detach().resolve_conj().resolve_neg().contiguous() for x in raw if isinstance(x, Tensor) and x.numel()]
+    tensors: list[Tensor] = []
+
+    def emptied(leaf: Any) -> Any:
+        x = raw_tensor(leaf)
+        if x is None:
+            return leaf
+        nothing = x.detach().new_empty([0] * x.dim())
+        tensors.append(x.detach().resolve_conj().resolve_neg().contiguous())
+        return _Emptied(x.shape, leaf.with_value(nothing) if isinstance(leaf, State) else nothing)
+
+    dist.send_object_list([tree.map_leaves(emptied, state)], dst=to, group=group)
     for x in tensors:
-        dist.send(x.view(-1).view(torch.uint8), dst=to, group=group)
+        if x.numel():
+            dist.send(x.view(-1).view(torch.uint8), dst=to, group=group)
     return sum(x.nbytes for x in tensors)
 
 
@@ -48,15 +62,17 @@ def receive_state(source: int, group: dist.ProcessGroup | None = None, device: t
         group: of processes; None is all of them.
         device: where the tensors are wanted; None is the CPU.
     """
-    received: list[Any] = [None, None]
+    received: list[Any] = [None]
     dist.recv_object_list(received, src=source, group=group)
-    leaves: list[Any] = []
-    for kind, form in received[1]:
-        if not (isinstance(form, tuple) and len(form) == 2 and isinstance(form[0], torch.Size)):
-            leaves.append(form)
-            continue
-        x = torch.empty(form[0], dtype=form[1], device=device)
+
+    def filled(leaf: Any) -> Any:
+        if not isinstance(leaf, _Emptied):
+            return leaf
+        nothing = raw_tensor(leaf.leaf)
+        assert nothing is not None
+        x = torch.empty(leaf.shape, dtype=nothing.dtype, device=device)
         if x.numel():
             dist.recv(x.view(-1).view(torch.uint8), src=source, group=group)
-        leaves.append(x if kind is None else kind(x))
-    return tree.unflatten(leaves, tree.loads(received[0]))
+        return leaf.leaf.with_value(x) if isinstance(leaf.leaf, State) else x
+
+    return tree.map_leaves(filled, received[0])

@@ -140,7 +140,7 @@ class _Repeated:
 
     def __init__(self, link: Any) -> None:
         self._link = link
-        self._first: dict[str, tuple[Tensor, Any]] = {}
+        self._first: dict[str, tuple[Any, Any]] = {}
         self.again = False
 
     def __getattr__(self, name: str) -> Any:
@@ -148,15 +148,15 @@ class _Repeated:
         if not callable(found) or name == "value_of":
             return found
 
-        def call(given: Tensor) -> Any:
+        def call(*given: Any) -> Any:
             return self._call(name, found, given)
 
         return call
 
-    def _call(self, name: str, move: Callable[[Tensor], Any], given: Tensor) -> Any:
+    def _call(self, name: str, move: Callable[..., Any], given: tuple[Any, ...]) -> Any:
         if not self.again or name not in self._first:
-            self._first[name] = given.detach(), move(given)
-        elif _bits(given) != _bits(self._first[name][0]):
+            self._first[name] = [x.detach() if isinstance(x, Tensor) else x for x in given], move(*given)
+        elif [_bits(x) for x in given] != [_bits(x) for x in self._first[name][0]]:
             raise _OtherBitsError
         return self._first[name][1]
 
@@ -246,8 +246,8 @@ def _same_bits(first: Any, second: Any) -> bool:
 
 
 def _bits(leaf: Any, depth: int = _DEPTH) -> Any:
-    if isinstance(leaf, State):
-        return id(leaf)  # the second run was given what the first came to
+    if isinstance(leaf, State):  # where it is linked, the second run was given what the first came to
+        return _bits(leaf.value) if leaf._link is None else id(leaf)  # pyright: ignore[reportPrivateUsage]
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, int(checksum(leaf.to_dense() if leaf.layout is not torch.strided else leaf))
     if is_plain_value(leaf):

@@ -138,6 +138,11 @@ class Gather:
         for name, saved in state["sinks"].items():
             cast(SavedSink, self._sinks[name]).load(saved)
 
+    @property
+    def sinks(self) -> list[str]:
+        """The names of the parameters that have one."""
+        return sorted(self._sinks)
+
     def refuse_sinks_without_state(self) -> None:
         """Raise where a sink could not be saved."""
         for name, sink in self._sinks.items():

@@ -266,16 +266,22 @@ class RowsCarrier(Carrier):
         return self._buffer.nbytes + (0 if self._gradient is None else self._gradient.nbytes)
 
     def state(self) -> dict[str, Any]:
-        rows = self._buffer[:, : self._written].clone()
-        adjoint = None if self._gradient is None else self._gradient.clone()  # it may reach beyond the live rows
-        lengths = self._lengths.state()
-        return {"position": self.position, "length": self._length, "rows": rows, "adjoint": adjoint, "lengths": lengths}
+        # both buffers whole and not copied: they may be large, and rows begin where they began
+        self._buffer[:, self._written :] = 0
+        return {
+            "position": self.position,
+            "length": self._length,
+            "written": self._written,
+            "rows": self._buffer,
+            "adjoint": self._gradient,
+            "lengths": self._lengths.state(),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.position, self._length, rows = state["position"], state["length"], state["rows"]
         self._lengths.load_state(state["lengths"])
-        self._buffer, self._written = self._store.space(rows.shape, rows.dtype, self._device), rows.shape[1]
-        self._buffer.copy_(rows)
+        self._written = state["written"]
+        self._buffer = self._store.space(rows.shape, rows.dtype, self._device).copy_(rows)
         self._gradient = None
         if (adjoint := state["adjoint"]) is not None:
             self._gradient = self._store.space(adjoint.shape, adjoint.dtype, self._device).copy_(adjoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from enum import Enum
+from enum import Enum, Flag
 from numbers import Number
 from typing import Any, cast
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from slimgrad.errors import InputError, ModelError, SweepError
-from slimgrad.states.base import Carrier, Setting
+from slimgrad.states.base import Carrier, Setting, State
+from slimgrad.sweep.kinds import subclasses
 from slimgrad.sweep.store import Store
 
 
@@ -60,12 +61,10 @@ class ValueCarrier(Carrier):
         (self.value,), self.position = token, position
 
     def pack(self, token: tuple[Any]) -> Any:
-        return (_packed(self.name, token[0]),)
+        return (packed_value(self.name, token[0]),)
 
     def unpack(self, packed: Any) -> tuple[Any]:
-        (value,) = packed
-        # an enum is saved by its member's name; its type is that of the initial state
-        return (cast(Any, type(self.value))[value["enum"]] if isinstance(value, dict) else value,)
+        return (unpacked_value(packed[0]),)
 
     def final(self) -> Any:
         return self._returned
@@ -99,16 +98,49 @@ def is_plain_value(x: Any) -> bool:
     return x is None or isinstance(x, Number | str | bytes | Enum | torch.dtype | torch.device)
 
 
-def _packed(name: str, x: Any) -> Any:
-    """`x` as a file can hold it that is read without running code."""
-    if isinstance(x, Enum):
-        return {"enum": x.name}
-    for part in x if isinstance(x, tuple) else (x,):
-        if isinstance(part, tuple):
-            _packed(name, part)
-        elif type(part) not in (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device):
-            raise InputError(f"state {name} holds {described(part)}, which cannot be saved; expected a plain value")
+def packed_value(name: str, x: Any) -> Any:
+    """A leaf `x` of a state, called `name`, as a file can hold it that is read without running code.
+
+    Tensors and `State`s are as they are.
+
+    Raises:
+        InputError: there is no such form.
+    """
+    if isinstance(x, tuple):
+        return tuple(packed_value(name, part) for part in cast("tuple[Any, ...]", x))
+    if isinstance(x, Enum):  # a combination of flags has no name of its own
+        return {"enum": _type_name(type(x)), "member": x.value if isinstance(x, Flag) else x.name}
+    if isinstance(x, bytes):
+        return {"bytes": x.hex()}
+    if not (isinstance(x, Tensor | State) or type(x) in _IN_FILES) or (isinstance(x, int) and x.bit_length() > 2000):
+        raise InputError(f"state {name} holds {described(x)}, which cannot be saved; expected a plain value")
     return x
+
+
+def unpacked_value(x: Any) -> Any:
+    """What was `packed`.
+
+    Raises:
+        InputError: an enum that nobody has defined here.
+    """
+    if isinstance(x, tuple):
+        return tuple(unpacked_value(part) for part in cast("tuple[Any, ...]", x))
+    if not isinstance(x, dict):
+        return x
+    if "bytes" in x:
+        return bytes.fromhex(x["bytes"])
+    kind: Any = {_type_name(kind): kind for kind in subclasses(Enum)}.get(x["enum"])
+    if kind is None:
+        raise InputError(f"saved with a state that holds {x['enum']}, which is not known here; import its module first")
+    return kind(x["member"]) if issubclass(kind, Flag) else kind[x["member"]]
+
+
+_IN_FILES = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+
+
+def _type_name(kind: type) -> str:
+    """By which a file names a type."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def described(x: Any) -> str:

@@ -18,6 +18,7 @@ from slimgrad.errors import ModelError, SweepError
 from slimgrad.gradients.buffers import refuse_escaped
 from slimgrad.states import carrier_for
 from slimgrad.states.base import Carrier, Purpose, Root, Setting, State, mismatch
+from slimgrad.states.values import packed_value, unpacked_value
 from slimgrad.sweep import tree
 from slimgrad.sweep.plan import Plan, Step
 from slimgrad.sweep.schedules.base import Kind
@@ -129,7 +130,9 @@ class Progress:
         read, outputs, carriers = (read, outputs, self.carriers) if compared else ({}, (), [])
         checksums = [carrier.checksum() for carrier in carriers]
         loss = self.witness.of_loss(outputs)
-        found = iter(fetch([*(c.look() for c in self.carriers), *checksums, *read.values(), *loss]))
+        found = iter(fetch([*read.values(), *(c.look() for c in self.carriers), *checksums, *loss]))
+        for name in read:  # first: what came of other inputs is other as well
+            self.witness.compare_read(name, step.span, next(found))
         looked = [(carrier, next(found)) for carrier in self.carriers]
         changed = [number is not None and carrier.seen(number) for carrier, number in looked]
         for carrier, moved in zip(carriers, changed, strict=False):
@@ -137,8 +140,6 @@ class Progress:
             (number,) = fetch([carrier.checksum()]) if moved else (number,)
             if not self.witness.agrees(f"state {carrier.name}", carrier.checked, number):
                 raise mismatch(carrier.name, step.span)
-        for name in read:
-            self.witness.compare_read(name, step.span, next(found))
         self.witness.compare_loss(step.span, list(found))
 
     def roots(self) -> list[Root]:
@@ -183,19 +184,25 @@ class Progress:
                 raise SweepError(
                     f"the gradient of state {carrier.name}: expected a tensor or None, got {type(leaf).__name__}"
                 )
+        if self.final_state is not None:
+            self._require_shapes_of_final(leaves)
         self.final_gradient = leaves
 
     def enter_final_gradient(self) -> None:
         """The adjoint begins, now that the final state and its shapes are known."""
+        self._require_shapes_of_final(self.final_gradient)
+        for carrier, gradient in zip(self.carriers, self.final_gradient, strict=True):
+            carrier.set_adjoint(gradient)
+
+    def _require_shapes_of_final(self, gradients: Sequence[Tensor | None]) -> None:
         leaves = tree.flatten_like(self.final_state, self.skeleton)  # a tuple may have come where None was
-        for carrier, gradient, leaf in zip(self.carriers, self.final_gradient, leaves, strict=True):
+        for carrier, gradient, leaf in zip(self.carriers, gradients, leaves, strict=True):
             expected = getattr(leaf.value if isinstance(leaf, State) else leaf, "shape", None)
             if gradient is not None and expected is not None and gradient.shape != expected:
                 raise SweepError(
                     f"the gradient of state {carrier.name}: expected the final state's shape {list(expected)}, "
                     f"got {list(gradient.shape)}"
                 )
-            carrier.set_adjoint(gradient)
 
     def adjoint(self) -> tree.Tree:
         """The gradient of the live state: its tree, with a tensor, or None for zeros, for each leaf."""
@@ -227,7 +234,7 @@ class Progress:
             "store": self.store.state(),
             "slots": slots,
             "witness": self.witness.state(),
-            "final state": tree.leaves(self.final_state) if self.final_state is not None else None,
+            "final state": None if self.final_state is None else self._packed(self.final_state),
             "final gradient": list(self.final_gradient),
             "parts": {name: part.state() for name, part in self.parts.items()},
         }
@@ -244,9 +251,13 @@ class Progress:
             self.slots[slot] = position, unpacked
         self.witness.load_state(state["witness"])
         if state["final state"] is not None:
-            self.final_state = tree.unflatten(state["final state"], self.spec)
+            self.final_state = tree.unflatten([unpacked_value(leaf) for leaf in state["final state"]], self.spec)
         for name, part in self.parts.items():
             part.load_state(state["parts"][name])
+
+    def _packed(self, state: tree.Tree) -> list[Any]:
+        leaves = tree.flatten_like(state, self.skeleton)
+        return [packed_value(carrier.name, leaf) for carrier, leaf in zip(self.carriers, leaves, strict=True)]
 
 
 def _each(function: Callable[[Any], Any], token: Any) -> Any:

@@ -22,7 +22,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from slimgrad.errors import ConsumedError, MemoryLimitError, ModelError, SweepError
+from slimgrad.errors import ConsumedError, MemoryLimitError, ModelError, StateMismatchError, SweepError
 from slimgrad.states.base import Purpose, Root
 from slimgrad.sweep import tree
 from slimgrad.sweep.allocation import is_allocation_failure, release
@@ -211,6 +211,10 @@ class Run:
         run = self._program.run if head else self._program.advance
         try:
             result = run(piece, self.progress.bind(step, purpose))
+        except StateMismatchError:
+            for name, number in piece.read.items():  # perhaps the model was given something else
+                self.progress.witness.compare_read(name, step.span, int(number))
+            raise
         except RuntimeError as error:
             if "leaf Variable that requires grad" not in str(error):
                 raise
