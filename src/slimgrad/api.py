@@ -101,6 +101,8 @@ def backward(
     with one_thread_at_a_time(model):
         for index, gradient in enumerate(call.one_per_sequence(final_state_grad)):
             started = call.start(index)
+            if gradient is not None:
+                started.run.progress.expect(gradient)
             started.run.forward()
             if index == 0:
                 call.refuse_gathered()

@@ -685,3 +685,14 @@ def test_a_compiled_model_is_verified_as_it_runs() -> None:
     assert report.passed, report
     assert "Recurrence._compiled_call_impl was set on the instance" in report.notes[0]
     assert runs
+
+
+def test_a_reader_is_refused_by_name() -> None:
+    class Counting:
+        length, batch = 60, 1
+
+        def read(self, start: int, stop: int) -> Tensor:
+            return torch.arange(start, stop)[None] % 13
+
+    with pytest.raises(sg.InputError, match="expected tensors, got a reader"):
+        sg.verify(GatedRecurrence(), Counting(), chunk=8)

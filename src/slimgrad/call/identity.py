@@ -42,23 +42,27 @@ def identity_of(call: Call, loss_fn: LossFn) -> dict[str, Any]:
             "sinks": ", ".join([] if call.gather is None else call.gather.sinks) or "none",
             "loss function": loss_name(loss_fn),
             "device": one.device.type,
-            **environment(),
+            **environment(one.device),
         }
     )
 
 
-def environment() -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     """What decides the bits of a computation, beside the program."""
-    device = torch.backends.cpu.get_cpu_capability()
     return {
         "slimgrad": slimgrad.__version__,
         "torch": str(torch.__version__),
-        "machine": f"{platform.machine()}, {device}",
+        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "float32 matmul precision": torch.get_float32_matmul_precision(),
         "default dtype": str(torch.get_default_dtype()),
-        "autocast": str([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu",)]),
+        "autocast": str(
+            [
+                (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+                for kind in sorted({"cpu", device.type})
+            ]
+        ),
     }
 
 

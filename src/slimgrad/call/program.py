@@ -152,9 +152,9 @@ class ChunkProgram:
         """Stand-ins and seed; -1 for the initial state."""
         return self.shared.entered(derive_seed(self.seed, position))
 
-    def draws(self) -> list[Tensor]:
+    def draws(self) -> list[bytes]:
         """Where the random generators stand."""
-        return [generator.get_state() for generator in generators(self.device)]
+        return [generator.get_state().numpy().tobytes() for generator in generators(self.device)]
 
     def read(self, span: Span, *, head: bool) -> Piece:
         """The chunk, from wherever it comes."""

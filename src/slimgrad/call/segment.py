@@ -128,6 +128,8 @@ class Segment:
         """
         if self.phase == "reverse" and (loss_grad is not None or final_state_grad is not None):
             raise InputError("the reverse sweep is under way with the gradients it was given; expected none to go on")
+        if isinstance(loss_grad, Tensor) and loss_grad.numel() != 1:
+            raise InputError(f"loss_grad: expected one number, got a tensor of shape {list(loss_grad.shape)}")
         if self.phase == "swept":
             self._loss_grad = 1.0 / max(self.num_targets, 1) if loss_grad is None else float(loss_grad)
         with one_thread_at_a_time(self._call.model):

@@ -51,6 +51,7 @@ class Plan:
         self.cut, self.schedule, self.to_end = cut, schedule, to_end
         self.reached = 0  # how far the first sweep has come
         self.parts = 1  # in how many parts chunks are taken that have not gone forward yet, or were found too large
+        self.draws = False  # whether the model draws random numbers: in parts of a whole chunk it would draw others
         self._edges: list[int] = []  # where the first sweep cut within chunks
         self._turned = False  # whether the reverse sweep has begun
         self._taken = 0
@@ -111,12 +112,13 @@ class Plan:
             "turned": self._turned,
             "reached": self.reached,
             "parts": self.parts,
+            "draws": self.draws,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Stand there."""
         self._taken, self._edges, self._turned = state["taken"], list(state["edges"]), state["turned"]
-        self.reached, self.parts = state["reached"], state["parts"]
+        self.reached, self.parts, self.draws = state["reached"], state["parts"], state["draws"]
         self._actions = self._all_actions()
         for _ in range(self._taken):
             next(self._actions)
@@ -162,7 +164,7 @@ class Plan:
         if inside:
             parts = [Span(*edge) for edge in pairwise([span.start, *inside, span.stop])]
             return self._as_the_first_sweep(step.kind, parts, is_new=is_new)
-        if step.kind is Kind.REVERSE and count > 1:
+        if step.kind is Kind.REVERSE and count > 1 and not self.draws:
             return [Step(Kind.RETRACE, span), *_from_before(span.pieces(count), finer=True)]
         return []
 

@@ -89,7 +89,7 @@ class Program(Protocol):
         """Drop the gradients that a failed backward pass left. False where those of other chunks are among them."""
         ...
 
-    def draws(self) -> list[Tensor]:
+    def draws(self) -> list[bytes]:
         """Where the random generators stand."""
         ...
 

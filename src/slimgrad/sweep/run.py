@@ -54,7 +54,7 @@ class Run:
         self.progress = progress
         self._program, self._on_chunk, self._differentiates = program, on_chunk, differentiates
         self._keeps_graphs = False  # of the first sweep's chunks: the model differentiates on its way
-        self._in_backward = False
+        self._in_backward = self._is_over = False  # how far the chunk at hand has come
 
     def forward(self, *, head: bool = False) -> tree.Tree:
         """Sweep forward, keeping the states that the schedule asks for.
@@ -114,6 +114,7 @@ class Run:
         progress, step = self.progress, self.progress.plan.next()
         assert step is not None
         failure, result, wanted_graph = "", None, False
+        self._in_backward = self._is_over = False
         try:
             if step.kind in (Kind.STORE, Kind.LOAD, Kind.FREE):
                 progress.move(step)
@@ -138,18 +139,27 @@ class Run:
             self._tell(step, result)
 
     def _split(self, step: Step, failure: str) -> None:
-        span, in_backward = step.span, self._in_backward
+        span, plan = step.span, self.progress.plan
         where = f"{span} did not fit into memory ({failure.splitlines()[0]})"
-        self._in_backward = False
+        if self._is_over:
+            raise MemoryLimitError(
+                f"{where}, when it had been run and what came of it was put in its place. Every .grad is as it was "
+                "before the call. Use a smaller chunk=, or free some memory"
+            )
+        if plan.draws and step.kind is Kind.REVERSE and not step.finer and span.stop <= plan.reached:
+            raise SweepError(
+                f"{where} in the reverse sweep, and cannot be taken in parts: the model draws random numbers "
+                "(dropout), and would draw others for other shapes. Use a smaller chunk=, or turn dropout off"
+            )
         # the adjoint of the last chunk is entered again
-        intact = span.stop == self.progress.plan.cut.length or all(c.is_intact for c in self.progress.carriers)
-        if in_backward and not (intact and self._program.forget()):
+        intact = span.stop == plan.cut.length or all(c.is_intact for c in self.progress.carriers)
+        if self._in_backward and not (intact and self._program.forget()):
             raise MemoryLimitError(
                 f"{where}, in the backward pass, when a part of the gradients had been added, which cannot be told "
                 "from other chunks' now. Every .grad is as it was before the call. Use a smaller chunk=, or save a "
                 "slimgrad.Segment on the way, which goes on from there by itself"
             )
-        if step.kind not in (Kind.ADVANCE, Kind.REVERSE) or not self.progress.plan.split():
+        if step.kind not in (Kind.ADVANCE, Kind.REVERSE) or not plan.split():
             raise MemoryLimitError(
                 f"{where}, and cannot be taken in smaller parts. Use a smaller chunk=, or free some memory"
             )
@@ -164,18 +174,15 @@ class Run:
         head = head and is_first
         piece = self._program.read(span, head=head)
         with inside_chunk(), self._program.chunk_context(span.start):
-            draws = self._program.draws() if purpose is Purpose.RETRACE else []
+            drawn = self._program.draws() if is_first and self._differentiates and not progress.plan.draws else []
             # Gradients are on as in the reverse sweep, though nobody asks for them here: torch chooses some kernels by
             # it (matmul folds or batches, recurrent layers have a kernel for inference), with other bits
             with torch.set_grad_enabled(self._differentiates), graph:
                 result = self._run(step, purpose, piece, head)
-            if draws and any(not torch.equal(*pair) for pair in zip(draws, self._program.draws(), strict=True)):
-                raise SweepError(
-                    f"{span} do not fit into memory in the reverse sweep, and cannot be "
-                    "taken in parts: the model draws random numbers there (dropout), and would draw others for other "
-                    "shapes. Use a smaller chunk=, or turn dropout off"
-                )
+            if drawn and drawn != self._program.draws():
+                progress.plan.draws = True
         progress.compare(step, piece.read, result.outputs, bits=self._differentiates)
+        self._is_over = True
         progress.settle(piece.leaves)
         if is_first:
             if span.stop == progress.plan.cut.length:
@@ -202,7 +209,7 @@ class Run:
             if roots:
                 self._in_backward = True
                 self._program.backward(span, roots, [*piece.leaves, *progress.sources()])
-                self._in_backward = False
+        self._is_over = True
         progress.settle(piece.leaves)
         self._program.collect(piece, result, "reverse")
         return result

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from slimgrad.api import backward
 from slimgrad.call.losses import cross_entropy_sum
 from slimgrad.call.program import LossFn
+from slimgrad.call.source import Reader
+from slimgrad.errors import InputError
 from slimgrad.sweep import tree
 from slimgrad.sweep.random import seeded
 from slimgrad.sweep.schedules.base import Schedule
@@ -134,6 +136,11 @@ def verify(
 
     Cost: up to five gradients, two of them plain: memory linear in the sequence. Take one of a few chunks.
     """
+    if any(isinstance(x, Reader) for x in (inputs, targets)):
+        raise InputError(
+            "verify compares with plain backpropagation, which needs the whole sequence: expected tensors, got a reader. "
+            "Pass what it reads of a few chunks: verify(model, reader.read(0, 500))"
+        )
     replaced = [
         f"{type(module).__name__}.{name}"
         for module in model.modules()
