@@ -49,6 +49,7 @@ def identity_of(call: Call, loss_fn: LossFn) -> dict[str, Any]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What decides the bits of a computation, beside the program."""
+    kinds = sorted({"cpu", device.type})
     return {
         "slimgrad": slimgrad.__version__,
         "torch": str(torch.__version__),
@@ -57,12 +58,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "float32 matmul precision": torch.get_float32_matmul_precision(),
         "default dtype": str(torch.get_default_dtype()),
-        "autocast": str(
-            [
-                (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-                for kind in sorted({"cpu", device.type})
-            ]
-        ),
+        "autocast": str([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]),
     }
 
 

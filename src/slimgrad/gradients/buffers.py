@@ -26,6 +26,7 @@ from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from slimgrad.errors import ConsumedError, InputError, ModelError, SweepError
+from slimgrad.gradients.escaped import refuse_escaped
 from slimgrad.gradients.fused import Fused, fused_forward, is_fusable, outside_compiled
 from slimgrad.gradients.graph import is_leaf, node_of
 from slimgrad.gradients.sink import SavedSink, Sink
@@ -369,22 +370,6 @@ class _HandOver(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         return cast("list[Tensor]", cast(Any, ctx).gradient).pop(), None
-
-
-def escaped() -> SweepError:
-    """A backward pass came to what belongs to a chunk that is over."""
-    return SweepError(
-        "a backward pass reached into a chunk of a sweep from outside: through a tensor that a module kept while "
-        "the chunk ran (a side loss, a regulariser, an activation), or from another thread. Its gradient would be "
-        "lost. Return such a tensor among the outputs of forward and add it in loss_fn; run one thread at a time "
-        "on a model"
-    )
-
-
-def refuse_escaped(gradient: Tensor | None) -> None:
-    """A tensor hook for what belongs to a chunk that is over."""
-    if gradient is not None:
-        raise escaped()
 
 
 def _only_inside(owner: weakref.ref[Gather]) -> Callable[[Tensor | None], None]:

@@ -263,10 +263,7 @@ class Accumulator:
         self._latest = self._value = None
 
     def state(self) -> dict[str, Any]:
-        """All that the sum is, settled, with its log, in tensors, numbers, strings and lists.
-
-        Shares its tensors: write it down, or copy "data", before the sum moves on.
-        """
+        """All that the sum is, settled, with its log. Shares its tensors: copy "data" before the sum moves on."""
         now = self.snapshot()._asdict()
         return {**now, "log": [[n, p if isinstance(p, Tensor) else "all", *lost] for n, p, *lost in self._log]}
 

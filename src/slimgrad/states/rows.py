@@ -10,7 +10,7 @@ from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from slimgrad.errors import ModelError
-from slimgrad.gradients.buffers import refuse_escaped
+from slimgrad.gradients.escaped import refuse_escaped
 from slimgrad.states.base import Carrier, Purpose, Root, Setting, State, mismatch, refuse_half_a_number
 from slimgrad.states.checksum import checksum
 from slimgrad.sweep.compiled import not_traced

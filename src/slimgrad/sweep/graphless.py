@@ -21,7 +21,7 @@ from contextlib import contextmanager
 
 import torch
 
-from slimgrad.gradients.buffers import escaped
+from slimgrad.gradients.escaped import escaped
 
 
 class GraphWanted(Exception):  # noqa: N818

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slimgrad.errors import ModelError, SweepError
-from slimgrad.gradients.buffers import refuse_escaped
+from slimgrad.gradients.escaped import refuse_escaped
 from slimgrad.states import carrier_for
 from slimgrad.states.base import Carrier, Purpose, Root, Setting, State, mismatch
 from slimgrad.states.values import packed_value, unpacked_value

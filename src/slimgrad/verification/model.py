@@ -138,8 +138,8 @@ def verify(
     """
     if any(isinstance(x, Reader) for x in (inputs, targets)):
         raise InputError(
-            "verify compares with plain backpropagation, which needs the whole sequence: expected tensors, got a reader. "
-            "Pass what it reads of a few chunks: verify(model, reader.read(0, 500))"
+            "verify compares with plain backpropagation, which needs the whole sequence: expected tensors, got a "
+            "reader. Pass what it reads of a few chunks: verify(model, reader.read(0, 500))"
         )
     replaced = [
         f"{type(module).__name__}.{name}"
