@@ -284,8 +284,29 @@ def test_a_weight_that_changes_between_the_sweeps_is_noticed() -> None:
     one.forward()
     with torch.no_grad():
         model.value.weight[0, 0] += 1e-9
-    with pytest.raises(sg.StateMismatchError, match="other bits"):
+    with pytest.raises(sg.ConsumedError, match="modified between the loss and its backward"):
         one.reverse()
+
+
+def test_a_weight_that_no_state_depends_on_is_noticed_too() -> None:
+    model = built("gates").eval()
+    one = segment(model)
+    one.forward()
+    with torch.no_grad():
+        model.head.weight[0, 0] += 1e-9
+    with pytest.raises(sg.ConsumedError, match="modified between the loss and its backward"):
+        one.reverse()
+
+
+def test_the_mode_is_that_of_the_first_sweep() -> None:
+    model, other = built("gates").eval(), built("gates").eval()
+    one = segment(model)
+    one.forward()
+    model.train()
+    one.reverse()
+    assert model.training
+    finished(segment(other))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_targets_that_change_between_the_sweeps_are_noticed() -> None:

@@ -6,7 +6,7 @@ every chunk; at modes and plain attributes, which the reverse sweep finds as the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimgrad.call.watch import attributes
-from slimgrad.errors import ModelError
+from slimgrad.errors import ConsumedError, ModelError
 from slimgrad.states.checksum import checksum
 from slimgrad.states.tensors import version
 from slimgrad.states.values import is_plain_value
@@ -130,12 +130,18 @@ def _lists(samples: list[Tensor]) -> list[list[Any]]:
 
 
 class CalledWith:
-    """How a model was set when its loss was computed: plain attributes, modes, frozen weights, default dtype.
+    """How a model was set when its first sweep ran: plain attributes, modes, frozen weights, default dtype; and tensors
+    that may not change until it is reversed.
 
     What a module holds beside is not restored; where it changed a loss, the loss is compared (see `witness`).
+
+    Args:
+        model: its parameters and buffers are among these tensors.
+        others: what the call was given beside.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, others: Sequence[Tensor]) -> None:
+        self._versions = [(x, version(x)) for x in (*model.parameters(), *model.buffers(), *others)]
         self._values = [
             (module.__dict__, name, value)
             for module in model.modules()
@@ -147,7 +153,17 @@ class CalledWith:
 
     @contextmanager
     def restored(self) -> Generator[None]:
-        """Within the block the model is set as it was; then as it is now."""
+        """Within the block the model is set as it was; then as it is now.
+
+        Raises:
+            ConsumedError: a tensor was written to.
+        """
+        if any(version(x) != before for x, before in self._versions):
+            raise ConsumedError(
+                "a parameter, an input, a target or a state was modified between the loss and its backward, so the "
+                "chunks cannot be rebuilt as they were. Expected backward before optimizer.step(), and before buffers "
+                "are reused"
+            )
         missing = object()
         values = [
             (own, name, now, then)

@@ -17,7 +17,6 @@ from slimgrad.call.arguments import Call, Started
 from slimgrad.call.guard import CalledWith
 from slimgrad.call.parallel import one_thread_at_a_time
 from slimgrad.errors import ConsumedError
-from slimgrad.states.tensors import version
 from slimgrad.sweep.run import Cotangents
 
 
@@ -60,10 +59,7 @@ class _Swept(torch.autograd.Function):
             for one in context.started:
                 one.run.forward(head=True)
             call.refuse_gathered()
-        context.call, context.called_with = call, CalledWith(call.model)
-        ctx.save_for_backward(*takers)  # so that a change before backward is noticed
-        given = [*call.given, *call.model.buffers(), *(p for p in call.model.parameters() if not p.requires_grad)]
-        context.versions = [(x, version(x)) for x in given]
+        context.call, context.called_with = call, CalledWith(call.model, [*call.given, *takers])
         ctx.set_materialize_grads(False)
         found, differentiable = _collected(call), [x for one in call.sequences for x in one.collected.differentiable]
         constant = [x for x, has_graph in zip(found, differentiable, strict=False) if not has_graph]
@@ -82,11 +78,8 @@ class _Swept(torch.autograd.Function):
                 "backward was called a second time on one chunked loss (or outputs), whose states went with the first. "
                 "Expected one backward each: add losses up before calling it, or compute them again"
             )
-        _require_unchanged(context)
         started, called_with = cast("list[Started]", context.started), cast(CalledWith, context.called_with)
-        context.call = context.started = context.called_with = context.versions = (
-            None  # a loss that is kept holds nothing
-        )
+        context.call = context.started = context.called_with = None  # a loss that is kept holds nothing
         initial_grads = list[Any]()
         # within torch.inference_mode a backward works in plain PyTorch as well
         with torch.inference_mode(False), one_thread_at_a_time(call.model), called_with.restored():
@@ -110,17 +103,3 @@ def _same(g: Tensor | None, loss_grad: Tensor) -> Cotangents:
     """For every chunk the cotangent of the loss."""
     cotangent = None if g is None else g * loss_grad
     return lambda span: [cotangent]
-
-
-def _require_unchanged(context: Any) -> None:
-    """torch itself notices that a saved tensor was written to, when it is asked for; say what that means here."""
-    cause = None
-    try:
-        _ = context.saved_tensors
-    except RuntimeError as error:
-        cause = error
-    if cause or any(version(x) != before for x, before in context.versions):
-        raise ConsumedError(
-            "a parameter, an input, a target or a state was modified between the loss and its backward, so the chunks "
-            "cannot be rebuilt as they were. Expected backward before optimizer.step(), and before buffers are reused"
-        ) from cause

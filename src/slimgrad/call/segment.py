@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from slimgrad.call.arguments import Call, Options, Result, Started, logger
+from slimgrad.call.guard import CalledWith
 from slimgrad.call.identity import differences, identity_of
 from slimgrad.call.losses import cross_entropy_sum
 from slimgrad.call.parallel import one_thread_at_a_time, refuse_unsynchronised
@@ -79,6 +80,7 @@ class Segment:
         self._call.require_something_to_differentiate()
         program = self._call.sequences[0]
         program.compares_targets = program.data.targets is not None  # others may come with a load
+        self._called_with = CalledWith(model, tree.tensors(context))
         self._started: Started = self._call.start(0, to_end=True)
         self._identity: dict[str, Any] | None = None
         self._folder: Path | None = None
@@ -104,7 +106,7 @@ class Segment:
         if self.phase == "closed":
             raise ConsumedError("this segment is done; make a new one for another gradient")
         if self.phase in ("new", "forward"):
-            with one_thread_at_a_time(self._call.model):
+            with one_thread_at_a_time(self._call.model), self._called_with.restored():
                 self._started.run.forward()
                 self._call.refuse_gathered()
         return self._started.run.progress.final_state
@@ -133,7 +135,8 @@ class Segment:
         if self.phase == "swept":
             self._loss_grad = 1.0 / max(self.num_targets, 1) if loss_grad is None else float(loss_grad)
         with one_thread_at_a_time(self._call.model):
-            adjoint = self._reverse(final_state_grad)
+            with self._called_with.restored():
+                adjoint = self._reverse(final_state_grad)
             self._call.deliver([adjoint])
         return self._call.result([self._started.run.progress.final_state], [adjoint])
 
