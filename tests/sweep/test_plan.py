@@ -1,7 +1,7 @@
 """A plan, carried out on positions instead of tensors: whole, failing anywhere, entered anywhere, looked ahead in.
 
 `Machine` is the sweep without a model. It has two leaves, one that can go back (a sum) and one that cannot (a plain
-tensor), and asserts of every step that both stand where it finds what it needs. Bits are a flag: whether a state has
+tensor), and asserts of every move that both stand where it finds what it needs. Bits are a flag: whether a state has
 come through the very spans of the first sweep, as all states must that are compared.
 """
 
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from slimgrad import Binomial, Every, Keep, Rebuild, Schedule
 from slimgrad.sweep.cut import Cut, Span
-from slimgrad.sweep.plan import FLOOR, Plan, Step
+from slimgrad.sweep.plan import FLOOR, Move, Plan
 from slimgrad.sweep.schedules.base import Kind
 
 schedules = st.one_of(
@@ -37,7 +37,7 @@ class Leaf(NamedTuple):
 
 
 class Machine:
-    """Carries out steps, asserting of each that it finds what it needs."""
+    """Carries out moves, asserting of each that it finds what it needs."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -47,68 +47,68 @@ class Machine:
         self.most_slots = 0
         self.first: list[Span] = []  # the spans that the first sweep went through, and those reversed without it
         self.reversed: list[Span] = []
-        self.steps: list[Step] = []
+        self.moves: list[Move] = []
 
-    def do(self, step: Step) -> None:
-        self.steps.append(step)
-        getattr(self, step.kind.name.lower())(step)
+    def do(self, move: Move) -> None:
+        self.moves.append(move)
+        getattr(self, move.kind.name.lower())(move)
 
-    def fail(self, step: Step) -> None:
+    def fail(self, move: Move) -> None:
         """A chunk that is reversed from the state after it may have rolled back before it failed."""
-        if self.sum.position == step.span.stop:
-            self.sum = Leaf(step.span.start, self.sum.exact)
+        if self.sum.position == move.span.stop:
+            self.sum = Leaf(move.span.start, self.sum.exact)
 
-    def store(self, step: Step) -> None:
-        assert self.sum.position == self.tensor.position == step.span.start
-        kept = None if self.rolls_back and not step.finer else self.sum
-        if step.slot in self.slots:  # a part of a part, which begins where that one does
-            assert step.slot < -1
-            assert self.slots[step.slot][1] == self.tensor
-        self.slots[step.slot] = kept, self.tensor
+    def store(self, move: Move) -> None:
+        assert self.sum.position == self.tensor.position == move.span.start
+        kept = None if self.rolls_back and not move.finer else self.sum
+        if move.slot in self.slots:  # a part of a part, which begins where that one does
+            assert move.slot < -1
+            assert self.slots[move.slot][1] == self.tensor
+        self.slots[move.slot] = kept, self.tensor
         self.most_slots = max(self.most_slots, len(self.slots))
 
-    def load(self, step: Step) -> None:
-        kept, self.tensor = self.slots[step.slot]
+    def load(self, move: Move) -> None:
+        kept, self.tensor = self.slots[move.slot]
         self.sum = kept or self.sum
-        assert self.tensor.position == step.span.start
+        assert self.tensor.position == move.span.start
 
-    def free(self, step: Step) -> None:
-        gone = self.slots.pop(step.slot, None)
-        assert gone or step.slot < -1  # the first of a part's own parts was freed in its place
+    def free(self, move: Move) -> None:
+        gone = self.slots.pop(move.slot, None)
+        assert gone or move.slot < -1  # the first of a part's own parts was freed in its place
 
-    def advance(self, step: Step) -> None:
-        assert self.sum.position == self.tensor.position == step.span.start
-        self.sum = self.tensor = Leaf(step.span.stop, self.bits(step, self.sum.exact and self.tensor.exact))
+    def advance(self, move: Move) -> None:
+        assert self.sum.position == self.tensor.position == move.span.start
+        self.sum = self.tensor = Leaf(move.span.stop, self.bits(move, self.sum.exact and self.tensor.exact))
 
-    def retrace(self, step: Step) -> None:
-        assert step.span in self.first
-        self.find(step)
-        self.sum = Leaf(step.span.start, self.sum.exact)
+    def retrace(self, move: Move) -> None:
+        assert move.span in self.first
+        self.find(move)
+        self.sum = Leaf(move.span.start, self.sum.exact)
 
-    def reverse(self, step: Step) -> None:
-        assert step.span.stop == (self.reversed[-1].start if self.reversed else self.plan.cut.length)
-        self.find(step)
-        self.bits(step, self.tensor.exact)
-        self.sum = Leaf(step.span.start, self.sum.exact)
-        self.reversed.append(step.span)
+    def reverse(self, move: Move) -> None:
+        assert move.span.stop == (self.reversed[-1].start if self.reversed else self.plan.cut.length)
+        self.find(move)
+        self.bits(move, self.tensor.exact)
+        self.sum = Leaf(move.span.start, self.sum.exact)
+        self.reversed.append(move.span)
 
-    def find(self, step: Step) -> None:
+    def find(self, move: Move) -> None:
         """The tensor stands before the chunk; the sum there too, or after it where the schedule rolls back."""
-        assert self.tensor.position == step.span.start
-        if self.sum.position != step.span.start:
+        assert self.tensor.position == move.span.start
+        if self.sum.position != move.span.start:
             assert self.rolls_back
-            assert self.sum.position == step.span.stop
-            assert not step.finer
+            assert self.sum.position == move.span.stop
+            assert not move.finer
 
-    def bits(self, step: Step, exact: bool) -> bool:
+    def bits(self, move: Move, exact: bool) -> bool:
         """Whether a chunk's bits are those of the first sweep; where they are compared, they must be."""
-        if step.finer:  # part of one that went forward whole
-            assert any(one.start <= step.span.start and step.span.stop <= one.stop for one in self.first)
+        if move.finer:  # part of one that went forward whole
+            assert any(one.start <= move.span.start and move.span.stop <= one.stop for one in self.first)
             return False
         assert exact
-        if not self.first or step.span.start == self.first[-1].stop:
-            self.first.append(step.span)
-        assert step.span in self.first
+        if not self.first or move.span.start == self.first[-1].stop:
+            self.first.append(move.span)
+        assert move.span in self.first
         return True
 
     def require_done(self) -> None:
@@ -121,22 +121,22 @@ class Machine:
 
 
 def carry_out(machine: Machine, failing: Iterable[int] = (), attempt: int = 0) -> int:
-    """To the end; the attempts in `failing` fail, if the step can be taken in parts. Returns how many failed."""
+    """To the end; the attempts in `failing` fail, if the move can be taken in parts. Returns how many failed."""
     plan, failed, failing = machine.plan, 0, set(failing)
-    while (step := plan.next()) is not None:
+    while (move := plan.next()) is not None:
         assert attempt < 4000, "no end"
-        if attempt in failing and step.kind in (Kind.ADVANCE, Kind.REVERSE) and plan.split():
-            machine.fail(step)
+        if attempt in failing and move.kind in (Kind.ADVANCE, Kind.REVERSE) and plan.split():
+            machine.fail(move)
             failed += 1
         else:
-            machine.do(step)
+            machine.do(move)
             plan.done()
         attempt += 1
     return failed
 
 
-def whole_steps(schedule: Schedule, cut: Cut) -> list[Step]:
-    return [Step(action.kind, cut[action.chunk], action.slot) for action in schedule.plan(len(cut))]
+def whole_steps(schedule: Schedule, cut: Cut) -> list[Move]:
+    return [Move(action.kind, cut[action.chunk], action.slot) for action in schedule.plan(len(cut))]
 
 
 # --- whole ---
@@ -146,7 +146,7 @@ def whole_steps(schedule: Schedule, cut: Cut) -> list[Step]:
 def test_without_an_end_it_is_the_schedule_over_spans(schedule: Schedule, cut: Cut) -> None:
     machine = Machine(Plan(cut, schedule, to_end=False))
     carry_out(machine)
-    assert machine.steps == whole_steps(schedule, cut)
+    assert machine.moves == whole_steps(schedule, cut)
     machine.require_done()
 
 
@@ -157,15 +157,15 @@ def test_the_end_is_part_of_it(schedule: Schedule, cut: Cut) -> None:
     carry_out(machine)
     machine.require_done()
     last, slot = cut[len(cut) - 1], schedule.num_slots(len(cut))
-    at = next(number for number, step in enumerate(machine.steps) if step.kind is Kind.REVERSE)
-    assert machine.steps[at - 3 : at + 2] == [
-        Step(Kind.STORE, last, slot),
-        Step(Kind.ADVANCE, last),
-        Step(Kind.LOAD, last, slot),
-        Step(Kind.REVERSE, last),
-        Step(Kind.FREE, last, slot),
+    at = next(number for number, move in enumerate(machine.moves) if move.kind is Kind.REVERSE)
+    assert machine.moves[at - 3 : at + 2] == [
+        Move(Kind.STORE, last, slot),
+        Move(Kind.ADVANCE, last),
+        Move(Kind.LOAD, last, slot),
+        Move(Kind.REVERSE, last),
+        Move(Kind.FREE, last, slot),
     ]
-    without = [*machine.steps[: at - 3], machine.steps[at], *machine.steps[at + 2 :]]
+    without = [*machine.moves[: at - 3], machine.moves[at], *machine.moves[at + 2 :]]
     assert without == whole_steps(schedule, cut)
     assert machine.most_slots <= slot + 1
 
@@ -174,7 +174,7 @@ def test_the_end_is_part_of_it(schedule: Schedule, cut: Cut) -> None:
 def test_without_a_schedule_it_only_goes_forward(cut: Cut) -> None:
     machine = Machine(Plan(cut, None, to_end=False))
     carry_out(machine)
-    assert machine.steps == [Step(Kind.ADVANCE, cut[number]) for number in range(len(cut))]
+    assert machine.moves == [Move(Kind.ADVANCE, cut[number]) for number in range(len(cut))]
 
 
 @given(schedules, cuts, st.booleans(), failures)
@@ -184,11 +184,11 @@ def test_the_first_sweep_ends_with_the_state_that_is_wanted(
     plan = Plan(cut, schedule, to_end=to_end)
     machine, attempt = Machine(plan), 0
     while plan.is_forward:
-        step = plan.next()
-        if attempt in failing and step.kind is Kind.ADVANCE and plan.split():
-            machine.fail(step)
+        move = plan.next()
+        if attempt in failing and move.kind is Kind.ADVANCE and plan.split():
+            machine.fail(move)
         else:
-            machine.do(step)
+            machine.do(move)
             plan.done()
         attempt += 1
     assert not machine.reversed
@@ -228,11 +228,11 @@ def test_whatever_fails_until_nothing_can_be_split(schedule: Schedule, cut: Cut,
 def test_later_chunks_are_cut_as_finely_at_once(schedule: Schedule, to_end: bool, count: int) -> None:
     """One failure in the first chunk, and no other has to fail: not again where it is advanced again, either."""
     machine = Machine(Plan(Cut(64 * count, 64), schedule, to_end=to_end))
-    first = next(number for number, step in enumerate(whole_steps(schedule, machine.plan.cut)) if step.kind == 2)
+    first = next(number for number, move in enumerate(whole_steps(schedule, machine.plan.cut)) if move.kind == 2)
     assert carry_out(machine, {first}) == 1
     machine.require_done()
     assert {stop - start for start, stop in machine.reversed} == {32}
-    assert not any(step.finer for step in machine.steps)
+    assert not any(move.finer for move in machine.moves)
 
 
 @given(schedules, st.integers(2, 9))
@@ -245,8 +245,8 @@ def test_what_went_forward_whole_is_reversed_in_parts_from_before(schedule: Sche
     assert carry_out(machine, {0}) == 1
     machine.require_done()
     assert {stop - start for start, stop in machine.reversed} == {32}
-    assert all(step.finer for step in machine.steps if step.kind is Kind.REVERSE)
-    assert len([step for step in machine.steps if step.kind is Kind.RETRACE]) == count
+    assert all(move.finer for move in machine.moves if move.kind is Kind.REVERSE)
+    assert len([move for move in machine.moves if move.kind is Kind.RETRACE]) == count
 
 
 @pytest.mark.parametrize(("length", "splits"), [(2 * FLOOR, True), (2 * FLOOR - 1, False), (1, False)])
@@ -267,8 +267,8 @@ def test_what_is_advanced_again_must_have_the_bits_that_it_had(schedule: Schedul
     """It is refused to take a chunk in parts that went forward whole and whose state others start from."""
     plan = Plan(Cut(64 * 6, 64), schedule, to_end=to_end)
     again = 0
-    while (step := plan.next()) is not None:
-        if step.kind is Kind.ADVANCE and step.span.stop <= plan.reached:
+    while (move := plan.next()) is not None:
+        if move.kind is Kind.ADVANCE and move.span.stop <= plan.reached:
             again += 1
             assert not plan.split()
         plan.done()
@@ -279,15 +279,15 @@ def test_neither_a_retrace_nor_a_move_is_split() -> None:
     plan = Plan(Cut(128, 64), Keep(), to_end=False)
     machine = Machine(plan)
     refused = set()
-    while (step := plan.next()) is not None:
-        if step.kind is Kind.REVERSE and step.span == (0, 64):
+    while (move := plan.next()) is not None:
+        if move.kind is Kind.REVERSE and move.span == (0, 64):
             assert plan.split()
-            machine.fail(step)
+            machine.fail(move)
             continue
-        if step.kind is Kind.RETRACE:
+        if move.kind is Kind.RETRACE:
             assert not plan.split()
-            refused.add(step.kind)
-        machine.do(step)
+            refused.add(move.kind)
+        machine.do(move)
         plan.done()
     assert refused == {Kind.RETRACE}
     machine.require_done()
@@ -299,27 +299,27 @@ def test_neither_a_retrace_nor_a_move_is_split() -> None:
 @settings(max_examples=60)
 @given(schedules, cuts.filter(lambda cut: len(cut) <= 8), st.booleans(), failures)
 def test_a_saved_plan_goes_on_alike(schedule: Schedule, cut: Cut, to_end: bool, failing: set[int]) -> None:
-    """Saved before every attempt, as plain values, which later steps leave alone."""
+    """Saved before every attempt, as plain values, which later moves leave alone."""
     plan = Plan(cut, schedule, to_end=to_end)
     saved: list[tuple[Any, str]] = []
-    steps: list[Step] = []
-    while (step := plan.next()) is not None:
+    moves: list[Move] = []
+    while (move := plan.next()) is not None:
         state = plan.state()
         saved.append((state, json.dumps(state)))
-        steps.append(step)
-        if not (len(steps) - 1 in failing and step.kind in (Kind.ADVANCE, Kind.REVERSE) and plan.split()):
+        moves.append(move)
+        if not (len(moves) - 1 in failing and move.kind in (Kind.ADVANCE, Kind.REVERSE) and plan.split()):
             plan.done()
     for attempt, (state, text) in enumerate(saved):
         assert json.dumps(state) == text
         again = Plan(cut, schedule, to_end=to_end)
         again.load_state(json.loads(text))
-        rest: list[Step] = []
-        while (step := again.next()) is not None:
-            rest.append(step)
+        rest: list[Move] = []
+        while (move := again.next()) is not None:
+            rest.append(move)
             number = attempt + len(rest) - 1
-            if not (number in failing and step.kind in (Kind.ADVANCE, Kind.REVERSE) and again.split()):
+            if not (number in failing and move.kind in (Kind.ADVANCE, Kind.REVERSE) and again.split()):
                 again.done()
-        assert rest == steps[attempt:]
+        assert rest == moves[attempt:]
 
 
 # --- looked ahead in ---
@@ -332,13 +332,13 @@ def test_looking_ahead_changes_nothing(
 ) -> None:
     looking, other = (Plan(cut, schedule, to_end=to_end) for _ in range(2))
     attempt = 0
-    while (step := other.next()) is not None:
+    while (move := other.next()) is not None:
         count = counts[attempt % len(counts)]
         assert len(looking.ahead(count)) <= count
-        assert looking.next() == step
+        assert looking.next() == move
         ahead = looking.ahead(count + 1)
-        assert ahead[0] == step
-        if attempt in failing and step.kind in (Kind.ADVANCE, Kind.REVERSE):
+        assert ahead[0] == move
+        if attempt in failing and move.kind in (Kind.ADVANCE, Kind.REVERSE):
             split = other.split()
             assert looking.split() is split
             if split:
@@ -354,13 +354,13 @@ def test_looking_ahead_changes_nothing(
 @given(schedules, cuts, st.booleans(), st.integers(0, 9))
 def test_what_is_ahead_comes(schedule: Schedule, cut: Cut, to_end: bool, count: int) -> None:
     plan = Plan(cut, schedule, to_end=to_end)
-    promised: list[list[Step]] = []
-    steps: list[Step] = []
-    while (step := plan.next()) is not None:
+    promised: list[list[Move]] = []
+    moves: list[Move] = []
+    while (move := plan.next()) is not None:
         promised.append(plan.ahead(count))
-        steps.append(step)
+        moves.append(move)
         plan.done()
-    assert promised == [steps[number : number + count] for number in range(len(steps))]
+    assert promised == [moves[number : number + count] for number in range(len(moves))]
 
 
 # --- of any length ---
@@ -369,15 +369,15 @@ def test_what_is_ahead_comes(schedule: Schedule, cut: Cut, to_end: bool, count: 
 @pytest.mark.parametrize("schedule", [Rebuild(), Keep(), Every(316), Binomial(8)], ids=str)
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_hundred_thousand_chunks_cost_next_to_nothing(schedule: Schedule, fails: bool) -> None:
-    """Measured at every thousandth step: 3 kB, and 16 with Every, which lists its segments. A chunk that is cut finer
+    """Measured at every thousandth move: 3 kB, and 16 with Every, which lists its segments. A chunk that is cut finer
     in the first sweep adds its edges for good, 40 bytes each: here one.
     """
     cut = Cut(100_000 * 64, 64)
     tracemalloc.start()
     plan, taken = Plan(cut, schedule, to_end=True), 0
     most = 0
-    while (step := plan.next()) is not None and taken < 60_000:
-        if fails and step.kind is Kind.ADVANCE and plan.split():
+    while (move := plan.next()) is not None and taken < 60_000:
+        if fails and move.kind is Kind.ADVANCE and plan.split():
             fails, plan.parts = False, 1
             continue
         if taken % 1000 == 0:

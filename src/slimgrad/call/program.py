@@ -111,7 +111,7 @@ class ChunkProgram:
         self.batch, self.time, self.device = data.batch, data.time, shared.device
         self.cut = Cut(data.time, chunk)
         self._loss_fn, self._per_token, self._collect_in = loss_fn, per_token, collect_in
-        self._counts = loss_fn is not None and data.count() is None
+        self._counts = loss_fn is not None and data.targets is not None and data.targets.whole is None
         self.compares_targets = self._counts or collect_in == "forward"
         self._spec: tree.TreeSpec | None = None  # of the outputs
         wanted = set(data.inputs.grad_positions) if shared.gather is not None else set[int]()

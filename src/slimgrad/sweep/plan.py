@@ -5,7 +5,7 @@ other, and then reversed. A plan holds a position, and not its actions: a hundre
 
 A chunk that does not fit into memory is taken in parts. Where it fails in the first sweep, the sequence is cut finer
 there for good: both sweeps see the parts, and bits are compared as ever. Where a chunk went forward in one piece and
-fails in the reverse sweep, its parts have other shapes than it had, and so other bits: see `Step.finer`.
+fails in the reverse sweep, its parts have other shapes than it had, and so other bits: see `Move.finer`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from slimgrad.sweep.schedules.base import Action, Kind, Schedule
 FLOOR = 16  # tokens: fewer are not taken apart
 
 
-class Step(NamedTuple):
+class Move(NamedTuple):
     """One action, with its span in place of a chunk's number.
 
     Attributes:
@@ -56,7 +56,7 @@ class Plan:
         self._turned = False  # whether the reverse sweep has begun
         self._taken = 0
         self._actions = self._all_actions()
-        self._coming: deque[Step] = deque()
+        self._coming: deque[Move] = deque()
 
     @property
     def is_forward(self) -> bool:
@@ -64,7 +64,7 @@ class Plan:
         self._look(1)
         return not self._turned and bool(self._coming) and self._coming[0].kind is not Kind.REVERSE
 
-    def next(self) -> Step | None:
+    def next(self) -> Move | None:
         """The next action; it stays the next one until it is `done`."""
         self._look(1)
         while self._coming:
@@ -75,30 +75,30 @@ class Plan:
             self._put_first(parts)
         return None
 
-    def ahead(self, count: int) -> list[Step]:
+    def ahead(self, count: int) -> list[Move]:
         """The next few actions, as far as they are known now."""
         self._look(count)
         return [self._coming[i] for i in range(min(count, len(self._coming)))]
 
     def done(self) -> None:
         """The next action has been carried out."""
-        step = self._coming.popleft()
-        if step.kind in (Kind.ADVANCE, Kind.REVERSE):
-            self.reached = max(self.reached, step.span.stop)
+        move = self._coming.popleft()
+        if move.kind in (Kind.ADVANCE, Kind.REVERSE):
+            self.reached = max(self.reached, move.span.stop)
 
     def split(self) -> bool:
         """Take the next action, which did not fit into memory, in two parts. False where it cannot be."""
-        step = self._coming[0]
-        length = step.span.stop - step.span.start
-        is_again = step.kind is Kind.ADVANCE and not step.finer and step.span.stop <= self.reached
-        if length < 2 * FLOOR or is_again or step.kind is Kind.RETRACE:
+        move = self._coming[0]
+        length = move.span.stop - move.span.start
+        is_again = move.kind is Kind.ADVANCE and not move.finer and move.span.stop <= self.reached
+        if length < 2 * FLOOR or is_again or move.kind is Kind.RETRACE:
             return False
         self.parts = max(self.parts, -(-self.cut.chunk * 2 // length))
-        if not step.finer:
+        if not move.finer:
             return True  # `next` sees to it
-        parts = step.span.pieces(2)
-        if step.kind is Kind.ADVANCE:
-            self._put_first([Step(Kind.ADVANCE, part, finer=True) for part in parts])
+        parts = move.span.pieces(2)
+        if move.kind is Kind.ADVANCE:
+            self._put_first([Move(Kind.ADVANCE, part, finer=True) for part in parts])
         else:
             self._put_first(_from_before(parts, finer=True))
         return True
@@ -122,7 +122,7 @@ class Plan:
         self._actions = self._all_actions()
         for _ in range(self._taken):
             next(self._actions)
-        self._coming = deque(Step(Kind(k), Span(start, stop), slot, f) for k, start, stop, slot, f in state["coming"])
+        self._coming = deque(Move(Kind(k), Span(start, stop), slot, f) for k, start, stop, slot, f in state["coming"])
 
     def _all_actions(self) -> Iterator[Action]:
         count, end = len(self.cut), self.to_end
@@ -143,18 +143,18 @@ class Plan:
     def _look(self, count: int) -> None:
         while len(self._coming) < count and (action := next(self._actions, None)) is not None:
             self._taken += 1
-            self._coming.append(Step(action.kind, self.cut[action.chunk], action.slot))
+            self._coming.append(Move(action.kind, self.cut[action.chunk], action.slot))
 
-    def _put_first(self, steps: list[Step]) -> None:
+    def _put_first(self, moves: list[Move]) -> None:
         self._coming.popleft()
-        self._coming.extendleft(reversed(steps))
+        self._coming.extendleft(reversed(moves))
 
-    def _in_parts(self, step: Step) -> list[Step]:
-        """What takes the place of a step over a whole chunk, if it is to be taken in parts."""
+    def _in_parts(self, move: Move) -> list[Move]:
+        """What takes the place of a move over a whole chunk, if it is to be taken in parts."""
         never = self.parts == 1 and not self._edges
-        if never or step.kind not in (Kind.ADVANCE, Kind.REVERSE) or step.finer:
+        if never or move.kind not in (Kind.ADVANCE, Kind.REVERSE) or move.finer:
             return []
-        span, is_new = step.span, step.span.stop > self.reached
+        span, is_new = move.span, move.span.stop > self.reached
         inside = self._edges[bisect_right(self._edges, span.start) : bisect_left(self._edges, span.stop)]
         count = 1 if self.parts == 1 else (span.stop - span.start) // max(FLOOR, self.cut.chunk // self.parts)
         if is_new and not inside and count > 1:
@@ -163,40 +163,40 @@ class Plan:
                 insort(self._edges, edge)
         if inside:
             parts = [Span(*edge) for edge in pairwise([span.start, *inside, span.stop])]
-            return self._as_the_first_sweep(step.kind, parts, is_new=is_new)
-        if step.kind is Kind.REVERSE and count > 1 and not self.draws:
-            return [Step(Kind.RETRACE, span), *_from_before(span.pieces(count), finer=True)]
+            return self._as_the_first_sweep(move.kind, parts, is_new=is_new)
+        if move.kind is Kind.REVERSE and count > 1 and not self.draws:
+            return [Move(Kind.RETRACE, span), *_from_before(span.pieces(count), finer=True)]
         return []
 
-    def _as_the_first_sweep(self, kind: Kind, parts: list[Span], *, is_new: bool) -> list[Step]:
+    def _as_the_first_sweep(self, kind: Kind, parts: list[Span], *, is_new: bool) -> list[Move]:
         rolls_back = self.schedule is not None and self.schedule.rolls_back
         if kind is Kind.ADVANCE:
-            steps = [[_store(part), Step(Kind.ADVANCE, part)] for part in parts]
-            return [step for pair in steps for step in (pair if rolls_back else pair[1:])]
+            moves = [[_store(part), Move(Kind.ADVANCE, part)] for part in parts]
+            return [move for pair in moves for move in (pair if rolls_back else pair[1:])]
         if is_new or not rolls_back:
             return _from_before(parts, finer=False)
-        steps = [[_load(part), Step(Kind.REVERSE, part), _free(part)] for part in reversed(parts)]
-        return [step for three in steps for step in three]
+        moves = [[_load(part), Move(Kind.REVERSE, part), _free(part)] for part in reversed(parts)]
+        return [move for three in moves for move in three]
 
 
-def _from_before(parts: list[Span], *, finer: bool) -> list[Step]:
+def _from_before(parts: list[Span], *, finer: bool) -> list[Move]:
     """Reverse a chunk in parts, from the state before it."""
-    steps: list[Step] = []
+    moves: list[Move] = []
     for part in parts[:-1]:
-        steps += [_store(part, finer), Step(Kind.ADVANCE, part, finer=finer)]
-    steps.append(Step(Kind.REVERSE, parts[-1], finer=finer))
+        moves += [_store(part, finer), Move(Kind.ADVANCE, part, finer=finer)]
+    moves.append(Move(Kind.REVERSE, parts[-1], finer=finer))
     for part in reversed(parts[:-1]):
-        steps += [_load(part), Step(Kind.REVERSE, part, finer=finer), _free(part)]
-    return steps
+        moves += [_load(part), Move(Kind.REVERSE, part, finer=finer), _free(part)]
+    return moves
 
 
-def _store(part: Span, finer: bool = False) -> Step:
-    return Step(Kind.STORE, part, -2 - part.start, finer)
+def _store(part: Span, finer: bool = False) -> Move:
+    return Move(Kind.STORE, part, -2 - part.start, finer)
 
 
-def _load(part: Span) -> Step:
-    return Step(Kind.LOAD, part, -2 - part.start)
+def _load(part: Span) -> Move:
+    return Move(Kind.LOAD, part, -2 - part.start)
 
 
-def _free(part: Span) -> Step:
-    return Step(Kind.FREE, part, -2 - part.start)
+def _free(part: Span) -> Move:
+    return Move(Kind.FREE, part, -2 - part.start)

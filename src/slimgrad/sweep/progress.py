@@ -20,7 +20,7 @@ from slimgrad.states import carrier_for
 from slimgrad.states.base import Carrier, Purpose, Root, Setting, State, mismatch
 from slimgrad.states.values import packed_value, unpacked_value
 from slimgrad.sweep import tree
-from slimgrad.sweep.plan import Plan, Step
+from slimgrad.sweep.plan import Move, Plan
 from slimgrad.sweep.schedules.base import Kind
 from slimgrad.sweep.store import Store
 from slimgrad.sweep.witness import Witness, fetch
@@ -73,17 +73,17 @@ class Progress:
         """Bytes of kept states, live state and adjoint."""
         return self.store.nbytes + sum(carrier.nbytes for carrier in self.carriers)
 
-    def move(self, step: Step) -> None:
+    def use_slot(self, move: Move) -> None:
         """Keep the live state in a slot, make a kept one the live one, or forget it."""
-        if step.kind is Kind.STORE:
-            tokens = [carrier.keep(self.store, whole=step.finer) for carrier in self.carriers]
-            self._drop(step.slot)  # a part of a part may begin where that one does
+        if move.kind is Kind.STORE:
+            tokens = [carrier.keep(self.store, whole=move.finer) for carrier in self.carriers]
+            self._drop(move.slot)  # a part of a part may begin where that one does
             if any(token is not None for token in tokens):
-                self.slots[step.slot] = step.span.start, tokens
-        elif step.kind is Kind.FREE:
-            self._drop(step.slot)
+                self.slots[move.slot] = move.span.start, tokens
+        elif move.kind is Kind.FREE:
+            self._drop(move.slot)
         else:
-            position, tokens = self.slots.get(step.slot, (0, []))
+            position, tokens = self.slots.get(move.slot, (0, []))
             for carrier, token in zip(self.carriers, tokens, strict=False):
                 if token is not None:
                     carrier.load(self.store, token, position)
@@ -98,15 +98,15 @@ class Progress:
         """Have what will be loaded next read beside the computation."""
         if not self.store.is_file:
             return
-        for step in self.plan.ahead(4):
-            if step.kind is Kind.LOAD and step.slot in self.slots:
-                for carrier, token in zip(self.carriers, self.slots[step.slot][1], strict=True):
+        for move in self.plan.ahead(4):
+            if move.kind is Kind.LOAD and move.slot in self.slots:
+                for carrier, token in zip(self.carriers, self.slots[move.slot][1], strict=True):
                     if token is not None:
                         carrier.fetch(self.store, token)
 
-    def bind(self, step: Step, purpose: Purpose) -> tree.Tree:
+    def bind(self, move: Move, purpose: Purpose) -> tree.Tree:
         """The state to hand to the model for a chunk."""
-        bound = [carrier.bind(step.span, purpose, finer=step.finer) for carrier in self.carriers]
+        bound = [carrier.bind(move.span, purpose, finer=move.finer) for carrier in self.carriers]
         return tree.unflatten(bound, self.spec)
 
     def take(self, state: tree.Tree) -> None:
@@ -121,26 +121,26 @@ class Progress:
         for carrier, leaf in zip(self.carriers, leaves, strict=True):
             carrier.take(leaf)
 
-    def compare(self, step: Step, read: dict[str, Tensor], outputs: Sequence[Tensor], *, bits: bool = True) -> None:
+    def compare(self, move: Move, read: dict[str, Tensor], outputs: Sequence[Tensor], *, bits: bool = True) -> None:
         """Note the bits of what a chunk read and came to, or compare them: in one synchronisation.
 
-        Without `bits`, and for a finer step, look at what exact sums must know alone.
+        Without `bits`, and for a finer move, look at what exact sums must know alone.
         """
-        compared = bits and not step.finer
+        compared = bits and not move.finer
         read, outputs, carriers = (read, outputs, self.carriers) if compared else ({}, (), [])
         checksums = [carrier.checksum() for carrier in carriers]
         loss = self.witness.of_loss(outputs)
         found = iter(fetch([*read.values(), *(c.look() for c in self.carriers), *checksums, *loss]))
         for name in read:  # first: what came of other inputs is other as well
-            self.witness.compare_read(name, step.span, next(found))
+            self.witness.compare_read(name, move.span, next(found))
         looked = [(carrier, next(found)) for carrier in self.carriers]
         changed = [number is not None and carrier.seen(number) for carrier, number in looked]
         for carrier, moved in zip(carriers, changed, strict=False):
             number = next(found)
             (number,) = fetch([carrier.checksum()]) if moved else (number,)
             if not self.witness.agrees(f"state {carrier.name}", carrier.checked, number):
-                raise mismatch(carrier.name, step.span)
-        self.witness.compare_loss(step.span, list(found))
+                raise mismatch(carrier.name, move.span)
+        self.witness.compare_loss(move.span, list(found))
 
     def roots(self) -> list[Root]:
         """Where the adjoint enters the chunk's graph, which is gone through next."""
@@ -160,9 +160,9 @@ class Progress:
             carrier.settle()
             carrier.in_backward = False
 
-    def rewind(self, step: Step) -> None:
-        """The step failed: it is as if it had not been tried."""
-        self.witness.forget_after(max(step.span.start, self.plan.reached))
+    def rewind(self, move: Move) -> None:
+        """The move failed: it is as if it had not been tried."""
+        self.witness.forget_after(max(move.span.start, self.plan.reached))
         for carrier in self.carriers:
             carrier.rewind()
             carrier.in_backward = False

@@ -5,8 +5,7 @@
     gradient = run.reverse(cotangents)           # chunk by chunk, last first; gives the initial state's gradient
 
 A `Program` is what a sweep runs: a chunk by its span. It knows the model, the inputs and the loss; the sweep knows none
-of them. All that a gradient under way is, is in its `Progress`; here is what moves it on, one step of the plan at a
-time.
+of them. All that a gradient under way is, is in its `Progress`; here is what carries it on, move by move of its plan.
 
 Algorithm 1 of "Sub-Linear Memory: How to Make Performers SLiM" (NeurIPS 2021), with the schedule and the kinds of state
 made parameters. Cost over plain backpropagation: `schedule.num_advances` chunks forward. Memory: one chunk's graph, the
@@ -28,7 +27,7 @@ from slimgrad.sweep import tree
 from slimgrad.sweep.allocation import is_allocation_failure, release
 from slimgrad.sweep.cut import Span
 from slimgrad.sweep.graphless import graphless, wants_graph
-from slimgrad.sweep.plan import Step
+from slimgrad.sweep.plan import Move
 from slimgrad.sweep.program import ChunkResult, Event, OnChunk, Piece, Program, inside_chunk, refuse_nesting
 from slimgrad.sweep.progress import Progress
 from slimgrad.sweep.schedules.base import Kind
@@ -69,7 +68,7 @@ class Run:
         self._enter("forward", after="new")
         try:
             if progress.plan.reached == 0 and self._differentiates:
-                progress.compare(Step(Kind.STORE, Span(0, 0)), {}, ())
+                progress.compare(Move(Kind.STORE, Span(0, 0)), {}, ())
             with torch.no_grad():
                 while progress.plan.is_forward:
                     self._go_on(head, _no_cotangents)
@@ -110,43 +109,43 @@ class Run:
         self.progress.phase = phase
 
     def _go_on(self, head: bool, cotangents: Cotangents) -> None:
-        """Carry out the next step. Where it does not fit into memory, finer ones take its place."""
-        progress, step = self.progress, self.progress.plan.next()
-        assert step is not None
+        """Carry out the next move. Where it does not fit into memory, finer ones take its place."""
+        progress, move = self.progress, self.progress.plan.next()
+        assert move is not None
         failure, result, wanted_graph = "", None, False
         self._in_backward = self._is_over = False
         try:
-            if step.kind in (Kind.STORE, Kind.LOAD, Kind.FREE):
-                progress.move(step)
+            if move.kind in (Kind.STORE, Kind.LOAD, Kind.FREE):
+                progress.use_slot(move)
             else:
                 progress.fetch_ahead()
-                result = self._reverse(step, cotangents) if step.kind is Kind.REVERSE else self._advance(step, head)
+                result = self._reverse(move, cotangents) if move.kind is Kind.REVERSE else self._advance(move, head)
         except Exception as error:
-            wanted_graph = step.kind is not Kind.REVERSE and not self._keeps_graphs and wants_graph(error)
+            wanted_graph = move.kind is not Kind.REVERSE and not self._keeps_graphs and wants_graph(error)
             if not (wanted_graph or is_allocation_failure(error)):
                 raise
             failure = f"{type(error).__name__}: {error}"
         # what follows waits for the end of the except block: its traceback holds the chunk's tensors
         if failure:
-            progress.rewind(step)
+            progress.rewind(move)
             release(self._program.device)
             self._keeps_graphs = self._keeps_graphs or wanted_graph
             if not wanted_graph:
-                self._split(step, failure)
+                self._split(move, failure)
             return
         progress.plan.done()
         if result is not None:
-            self._tell(step, result)
+            self._tell(move, result)
 
-    def _split(self, step: Step, failure: str) -> None:
-        span, plan = step.span, self.progress.plan
+    def _split(self, move: Move, failure: str) -> None:
+        span, plan = move.span, self.progress.plan
         where = f"{span} did not fit into memory ({failure.splitlines()[0]})"
         if self._is_over:
             raise MemoryLimitError(
                 f"{where}, when it had been run and what came of it was put in its place. Every .grad is as it was "
                 "before the call. Use a smaller chunk=, or free some memory"
             )
-        if plan.draws and step.kind is Kind.REVERSE and not step.finer and span.stop <= plan.reached:
+        if plan.draws and move.kind is Kind.REVERSE and not move.finer and span.stop <= plan.reached:
             raise SweepError(
                 f"{where} in the reverse sweep, and cannot be taken in parts: the model draws random numbers "
                 "(dropout), and would draw others for other shapes. Use a smaller chunk=, or turn dropout off"
@@ -159,17 +158,17 @@ class Run:
                 "from other chunks' now. Every .grad is as it was before the call. Use a smaller chunk=, or save a "
                 "slimgrad.Segment on the way, which goes on from there by itself"
             )
-        if step.kind not in (Kind.ADVANCE, Kind.REVERSE) or not plan.split():
+        if move.kind not in (Kind.ADVANCE, Kind.REVERSE) or not plan.split():
             raise MemoryLimitError(
                 f"{where}, and cannot be taken in smaller parts. Use a smaller chunk=, or free some memory"
             )
         logger.warning("%s: taken in parts from here on", where)
 
-    def _advance(self, step: Step, head: bool) -> ChunkResult:
+    def _advance(self, move: Move, head: bool) -> ChunkResult:
         """Run a chunk for a state alone (and its outputs): the one after it, or, retraced, the one before."""
-        progress, span = self.progress, step.span
+        progress, span = self.progress, move.span
         is_first = span.stop > progress.plan.reached
-        purpose = Purpose.RETRACE if step.kind is Kind.RETRACE else Purpose.FORWARD if is_first else Purpose.AGAIN
+        purpose = Purpose.RETRACE if move.kind is Kind.RETRACE else Purpose.FORWARD if is_first else Purpose.AGAIN
         graph = graphless() if self._differentiates and not self._keeps_graphs else nullcontext()
         head = head and is_first
         piece = self._program.read(span, head=head)
@@ -178,10 +177,10 @@ class Run:
             # Gradients are on as in the reverse sweep, though nobody asks for them here: torch chooses some kernels by
             # it (matmul folds or batches, recurrent layers have a kernel for inference), with other bits
             with torch.set_grad_enabled(self._differentiates), graph:
-                result = self._run(step, purpose, piece, head)
+                result = self._run(move, purpose, piece, head)
             if drawn and drawn != self._program.draws():
                 progress.plan.draws = True
-        progress.compare(step, piece.read, result.outputs, bits=self._differentiates)
+        progress.compare(move, piece.read, result.outputs, bits=self._differentiates)
         self._is_over = True
         progress.settle(piece.leaves)
         if is_first:
@@ -190,14 +189,14 @@ class Run:
             self._program.collect(piece, result, "forward")
         return result
 
-    def _reverse(self, step: Step, cotangents: Cotangents) -> ChunkResult:
+    def _reverse(self, move: Move, cotangents: Cotangents) -> ChunkResult:
         """One chunk of Algorithm 1: before -> step -> after -> Phi -> gradients, and the adjoint before."""
-        progress, span = self.progress, step.span
+        progress, span = self.progress, move.span
         piece = self._program.read(span, head=True)
         with inside_chunk(), self._program.chunk_context(span.start):
             with torch.enable_grad():
-                result = self._run(step, Purpose.REVERSE, piece, True)
-            progress.compare(step, piece.read, result.outputs)
+                result = self._run(move, Purpose.REVERSE, piece, True)
+            progress.compare(move, piece.read, result.outputs)
             if span.stop == progress.plan.cut.length:
                 progress.end()
                 progress.enter_final_gradient()
@@ -214,34 +213,34 @@ class Run:
         self._program.collect(piece, result, "reverse")
         return result
 
-    def _run(self, step: Step, purpose: Purpose, piece: Piece, head: bool) -> ChunkResult:
+    def _run(self, move: Move, purpose: Purpose, piece: Piece, head: bool) -> ChunkResult:
         run = self._program.run if head else self._program.advance
         try:
-            result = run(piece, self.progress.bind(step, purpose))
+            result = run(piece, self.progress.bind(move, purpose))
         except StateMismatchError:
             for name, number in piece.read.items():  # perhaps the model was given something else
-                self.progress.witness.compare_read(name, step.span, int(number))
+                self.progress.witness.compare_read(name, move.span, int(number))
             raise
         except RuntimeError as error:
             if "leaf Variable that requires grad" not in str(error):
                 raise
             names = ", ".join(carrier.name for carrier in self.progress.carriers)
             raise ModelError(
-                f"a state ({names}), an input or a parameter was modified in place in {step.span}; expected a new "
+                f"a state ({names}), an input or a parameter was modified in place in {move.span}; expected a new "
                 "tensor (the old one is still needed on the way back). Use out-of-place operations, or clone the state "
                 "first: state = state.clone()"
             ) from error
         self.progress.take(result.state)
         return result
 
-    def _tell(self, step: Step, result: ChunkResult) -> None:
+    def _tell(self, move: Move, result: ChunkResult) -> None:
         if self._on_chunk is None:
             return
         progress = self.progress
-        phase = "reverse" if step.kind is Kind.REVERSE else "forward" if progress.phase == "forward" else "again"
+        phase = "reverse" if move.kind is Kind.REVERSE else "forward" if progress.phase == "forward" else "again"
         loss = None if result.loss is None else float(result.loss.detach().sum())
         norm = progress.adjoint_norm() if phase == "reverse" else None
-        self._on_chunk(Event(phase, *step.span, progress.plan.cut.length, loss, progress.held_bytes, norm))
+        self._on_chunk(Event(phase, *move.span, progress.plan.cut.length, loss, progress.held_bytes, norm))
 
 
 def _no_cotangents(span: Span) -> Sequence[Tensor | None]:
