@@ -107,7 +107,7 @@ def backward(
             if index == 0:
                 call.refuse_gathered()
             cotangent = call.loss_grad
-            initial_grads.append(started.reverse(lambda _, cotangent=cotangent: [cotangent], gradient))
+            initial_grads.append(started.reverse(lambda _, cotangent=cotangent: [cotangent]))
             final_states.append(started.run.progress.final_state)
         call.deliver(initial_grads)
     return call.result(final_states, initial_grads)

@@ -94,10 +94,8 @@ def test_a_run_by_hand(schedule: sg.Schedule, num_chunks: int, to_end: bool) -> 
     assert (final is None) == (not to_end)
     swept = num_chunks if to_end else num_chunks - 1
     assert program.entered == list(range(swept))
-    gradient = run.reverse(
-        lambda span: [torch.tensor(span.start / CHUNK + 1.0, dtype=torch.float64)],
-        torch.tensor(0.7, dtype=torch.float64),
-    )
+    run.progress.expect(torch.tensor(0.7, dtype=torch.float64))
+    gradient = run.reverse(lambda span: [torch.tensor(span.start / CHUNK + 1.0, dtype=torch.float64)])
     assert float(run.progress.final_state) == pytest.approx(expected_final, rel=1e-15)
     assert float(program.weight.grad) == pytest.approx(weight_grad, rel=1e-14)  # measured 0
     assert float(gradient) == pytest.approx(start_grad, rel=1e-14)

@@ -84,9 +84,9 @@ class Started:
     program: ChunkProgram
     made: list[Tensor | None]
 
-    def reverse(self, cotangents: Cotangents, final_state_grad: Any = None) -> Any:
+    def reverse(self, cotangents: Cotangents) -> Any:
         """The reverse sweep, and on into whatever the initial state was made of."""
-        adjoint = self.run.reverse(cotangents, final_state_grad)
+        adjoint = self.run.reverse(cotangents)
         roots = [
             Root(leaf, g)
             for leaf, g in zip(self.made, tree.leaves(adjoint), strict=False)

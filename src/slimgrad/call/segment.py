@@ -145,8 +145,10 @@ class Segment:
             plan, loss_grad = self._started.run.progress.plan, self._loss_grad
             before = plan.parts
             cotangent = self._cotangent()
+            if self.phase == "swept" and final_state_grad is not None:
+                self._started.run.progress.expect(final_state_grad)
             try:
-                return self._started.reverse(lambda _, cotangent=cotangent: [cotangent], final_state_grad)
+                return self._started.reverse(lambda _, cotangent=cotangent: [cotangent])
             except MemoryLimitError:
                 parts = plan.parts if plan.parts > before else 2 * plan.parts  # more, if it was split on the way
                 if self._folder is None or plan.cut.chunk // parts < FLOOR:

@@ -78,19 +78,17 @@ class Run:
         progress.phase = "swept"
         return progress.final_state
 
-    def reverse(self, cotangents: Cotangents, final_state_grad: tree.Tree | None = None) -> tree.Tree:
+    def reverse(self, cotangents: Cotangents) -> tree.Tree:
         """Sweep back, last chunk first, gathering gradients in the program's parameters.
 
         Args:
-            cotangents: from a chunk's span to those of its outputs (None: zero).
-            final_state_grad: the gradient of the final state: the state's tree with a tensor (or None) for each leaf.
+            cotangents: from a chunk's span to those of its outputs (None: zero). For the gradient of the final state
+                see `Progress.expect`.
 
         Returns:
-            The gradient of the initial state, likewise a tree of tensors; None where no gradient came.
+            The gradient of the initial state: its tree, with a tensor for each leaf, or None where no gradient came.
         """
         progress = self.progress
-        if progress.phase == "swept" and final_state_grad is not None:
-            progress.expect(final_state_grad)
         self._enter("reverse", after="swept")
         try:
             with torch.no_grad():

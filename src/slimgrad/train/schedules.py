@@ -19,9 +19,9 @@ def _by_name() -> dict[str, tuple[Callable[..., Schedule], str]]:
     return {kind.__name__.lower(): (kind, " ".join(names)) for kind, names in numbers.items()}
 
 
+_NAMES = [f"{name}:{number.upper()}" if number else name for name, (_, number) in _by_name().items()]
 FORMS = (
-    ", ".join(["auto", *(f"{name}:{number.upper()}" if number else name for name, (_, number) in _by_name().items())])
-    + "; each but auto may end in @device, @host, @disk or @FOLDER"
+    f"{', '.join(['auto', *sorted(_NAMES, reverse=True)])}; each but auto may end in @device, @host, @disk or @FOLDER"
 )
 
 
