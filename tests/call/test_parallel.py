@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import slimgrad as sg
+from tests.call.processes import run_processes
 from tests.contract.contract import collect, plain, worst_error
 from tests.toy_models import AllKinds
 
@@ -106,7 +106,7 @@ def _refusals(swept: AllKinds) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(_process, args=(str(tmp_path), 2), nprocs=2)
+    run_processes(_process, (str(tmp_path), 2), 2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     whole = model()
     loss, expected = plain(whole, *batch())
@@ -179,13 +179,14 @@ def _without_targets(rank: int, folder: str, world_size: int) -> None:
                 in_one_call(tokens, goals, 17.0).backward()
             found[how] = [{name: p.grad for name, p in one.named_parameters()} for one in (swept, whole)]
         torch.save(found, Path(folder) / f"{rank}.pt")
+        dist.barrier()  # nobody leaves while the other still hears from it
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_a_process_without_targets_keeps_nobody_waiting(tmp_path: Path) -> None:
-    mp.spawn(_without_targets, args=(str(tmp_path), 2), nprocs=2)
+    run_processes(_without_targets, (str(tmp_path), 2), 2)
     for rank in range(2):
         for how, (got, expected) in torch.load(tmp_path / f"{rank}.pt").items():
             assert all(g is not None for g in got.values()), how
@@ -237,7 +238,7 @@ def _sharded(rank: int, folder: str, world_size: int) -> None:
 
 @pytest.mark.slow
 def test_sharded_around_chunked_and_no_other_way(tmp_path: Path) -> None:
-    mp.spawn(_sharded, args=(str(tmp_path), 2), nprocs=2)
+    run_processes(_sharded, (str(tmp_path), 2), 2)
     expected = {name: g for name, g in plain(model(), *batch())[1].items() if not name.startswith("state")}
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import slimgrad as sg
+from tests.call.processes import run_processes
 from tests.contract.contract import worst_error
 from tests.toy_models import AllKinds
 
@@ -159,7 +159,7 @@ def _refusals(mine: Tensor) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_a_users_module_in_two_processes(tmp_path: Path) -> None:
-    mp.spawn(_synchronised, args=(str(tmp_path),), nprocs=WORLD)
+    run_processes(_synchronised, (str(tmp_path),), WORLD)
     worst = 0.0
     for found in (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)):
         for (way, number), one in found["trained"].items():

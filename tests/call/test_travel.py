@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import slimgrad as sg
+from tests.call.processes import run_processes
 from tests.call.segments import CHUNK, TARGETS, TOKENS, built, counted
 from tests.contract.contract import worst_error
 
@@ -148,7 +149,7 @@ def whole(kind: str) -> dict[str, Tensor]:
 
 def test_two_processes(tmp_path: Path) -> None:
     """What is sent arrives as it was, and the parts of the gradient add up."""
-    mp.spawn(_both, args=(str(tmp_path),), nprocs=2)
+    run_processes(_both, (str(tmp_path),), 2)
     for kind in KINDS:
         for rank in (0, 1):
             error, name = worst_error(torch.load(tmp_path / f"{kind} {rank}.pt"), whole(kind))
