@@ -222,12 +222,7 @@ class Run:
         except RuntimeError as error:
             if "leaf Variable that requires grad" not in str(error):
                 raise
-            names = ", ".join(carrier.name for carrier in self.progress.carriers)
-            raise ModelError(
-                f"a state ({names}), an input or a parameter was modified in place in {move.span}; expected a new "
-                "tensor (the old one is still needed on the way back). Use out-of-place operations, or clone the state "
-                "first: state = state.clone()"
-            ) from error
+            raise _modified_in_place(self.progress, move.span) from error
         self.progress.take(result.state)
         return result
 
@@ -243,3 +238,12 @@ class Run:
 
 def _no_cotangents(span: Span) -> Sequence[Tensor | None]:
     raise AssertionError(span)
+
+
+def _modified_in_place(progress: Progress, span: Span) -> ModelError:
+    names = ", ".join(carrier.name for carrier in progress.carriers)
+    return ModelError(
+        f"a state ({names}), an input or a parameter was modified in place in {span}; expected a new tensor (the old "
+        "one is still needed on the way back). Use out-of-place operations, or clone the state first: "
+        "state = state.clone()"
+    )
