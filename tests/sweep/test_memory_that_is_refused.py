@@ -122,6 +122,16 @@ def test_draws_of_a_chunk_that_went_forward_whole_cannot_be_drawn_again(
         assert float((x - y).norm()) <= 1e-12 * float(y.norm())
 
 
+@pytest.mark.parametrize("schedule", [sg.Every(3), sg.Binomial(1)], ids=str)
+def test_draws_of_a_chunk_that_is_advanced_again_cannot_be_drawn_in_parts(
+    schedule: sg.Schedule, refuse: Refuse
+) -> None:
+    model = Refused(build(GatedRecurrence, dropout=0.4), refuse("again"))
+    with pytest.raises(sg.SweepError, match="cannot be taken in parts: the model draws random numbers"):
+        sg.backward(model, torch.cat([TOKENS, TOKENS], 1), chunk=CHUNK, schedule=schedule)
+    assert gradients(model) == [None] * len(list(model.parameters()))
+
+
 # --- what the failed attempt held ---
 
 

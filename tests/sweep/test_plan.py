@@ -105,7 +105,9 @@ class Machine:
         if move.finer:  # part of one that went forward whole
             assert any(one.start <= move.span.start and move.span.stop <= one.stop for one in self.first)
             return False
-        assert exact
+        assert exact or self.plan.again_in_parts
+        if not exact:
+            return False
         if not self.first or move.span.start == self.first[-1].stop:
             self.first.append(move.span)
         assert move.span in self.first
@@ -246,7 +248,8 @@ def test_what_went_forward_whole_is_reversed_in_parts_from_before(schedule: Sche
     machine.require_done()
     assert {stop - start for start, stop in machine.reversed} == {32}
     assert all(move.finer for move in machine.moves if move.kind is Kind.REVERSE)
-    assert len([move for move in machine.moves if move.kind is Kind.RETRACE]) == count
+    retraced = [move for move in machine.moves if move.kind is Kind.RETRACE]
+    assert len(retraced) == (count if schedule.rolls_back else 0)  # elsewhere the state before is at hand
 
 
 @pytest.mark.parametrize(("length", "splits"), [(2 * FLOOR, True), (2 * FLOOR - 1, False), (1, False)])
@@ -262,21 +265,25 @@ def test_the_floor(schedule: Schedule | None, length: int, splits: bool) -> None
 
 
 @pytest.mark.parametrize("to_end", [True, False])
-@pytest.mark.parametrize("schedule", [Every(3), Binomial(1)], ids=str)
-def test_what_is_advanced_again_must_have_the_bits_that_it_had(schedule: Schedule, to_end: bool) -> None:
-    """It is refused to take a chunk in parts that went forward whole and whose state others start from."""
-    plan = Plan(Cut(64 * 6, 64), schedule, to_end=to_end)
-    again = 0
-    while (move := plan.next()) is not None:
-        if move.kind is Kind.ADVANCE and move.span.stop <= plan.reached:
-            again += 1
-            assert not plan.split()
-        plan.done()
-    assert again == schedule.num_advances(6) - 5
+@pytest.mark.parametrize("schedule", [Every(3), Binomial(1), Binomial(2)], ids=str)
+def test_what_is_advanced_again_is_taken_in_parts_from_then_on(schedule: Schedule, to_end: bool) -> None:
+    """One failure; what comes of the parts has other bits, until a state of the first sweep is loaded."""
+    machine = Machine(Plan(Cut(64 * 7, 64), schedule, to_end=to_end))
+    failures = 0
+    while (move := machine.plan.next()) is not None:
+        if move.kind is Kind.ADVANCE and move.span.stop <= machine.plan.reached and not move.finer:
+            machine.fail(move)
+            failures += 1
+            assert machine.plan.split()
+            continue
+        machine.do(move)
+        machine.plan.done()
+    machine.require_done()
+    assert failures == 1
 
 
 def test_neither_a_retrace_nor_a_move_is_split() -> None:
-    plan = Plan(Cut(128, 64), Keep(), to_end=False)
+    plan = Plan(Cut(128, 64), Rebuild(), to_end=False)
     machine = Machine(plan)
     refused = set()
     while (move := plan.next()) is not None:

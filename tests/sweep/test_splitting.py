@@ -117,6 +117,19 @@ def test_a_chunk_is_taken_in_parts(
     ]
 
 
+@pytest.mark.parametrize("schedule", [sg.Every(2), sg.Every(3), sg.Binomial(1), sg.Binomial(2, store="disk")], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_chunk_that_is_advanced_again_is_taken_in_parts(
+    kind: type[nn.Module], way: str, schedule: sg.Schedule, refuse: Refuse
+) -> None:
+    refuser = refuse("again")
+    events = require_same(kind, way, refuser, 5 * CHUNK + 13, schedule=schedule)
+    assert refuser.times == 1
+    assert longest(events, "forward") == 64
+    assert longest(events, "again") == 32
+
+
 @pytest.mark.parametrize("schedule", [sg.Rebuild(), sg.Every(2)], ids=str)
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ other, and then reversed. A plan holds a position, and not its actions: a hundre
 
 A chunk that does not fit into memory is taken in parts. Where it fails in the first sweep, the sequence is cut finer
 there for good: both sweeps see the parts, and bits are compared as ever. Where a chunk went forward in one piece and
-fails in the reverse sweep, its parts have other shapes than it had, and so other bits: see `Move.finer`.
+fails in the reverse sweep, its parts have other shapes than it had, and so other bits: see `Move.finer`. So has
+whatever is made of one that is advanced again in parts, until a state that was kept in the first sweep is loaded.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Plan:
         self.reached = 0  # how far the first sweep has come
         self.parts = 1  # in how many parts chunks are taken that have not gone forward yet, or were found too large
         self.draws = False  # whether the model draws random numbers: in parts of a whole chunk it would draw others
+        self.again_in_parts = False  # whether chunks that are advanced again are taken in parts: with other bits
         self._edges: list[int] = []  # where the first sweep cut within chunks
         self._turned = False  # whether the reverse sweep has begun
         self._taken = 0
@@ -90,10 +92,11 @@ class Plan:
         """Take the next action, which did not fit into memory, in two parts. False where it cannot be."""
         move = self._coming[0]
         length = move.span.stop - move.span.start
-        is_again = move.kind is Kind.ADVANCE and not move.finer and move.span.stop <= self.reached
-        if length < 2 * FLOOR or is_again or move.kind is Kind.RETRACE:
+        is_again = move.kind is Kind.ADVANCE and move.span.stop <= self.reached
+        if length < 2 * FLOOR or move.kind is Kind.RETRACE:
             return False
         self.parts = max(self.parts, -(-self.cut.chunk * 2 // length))
+        self.again_in_parts = self.again_in_parts or (is_again and not move.finer)
         if not move.finer:
             return True  # `next` sees to it
         parts = move.span.pieces(2)
@@ -113,12 +116,14 @@ class Plan:
             "reached": self.reached,
             "parts": self.parts,
             "draws": self.draws,
+            "again in parts": self.again_in_parts,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Stand there."""
         self._taken, self._edges, self._turned = state["taken"], list(state["edges"]), state["turned"]
         self.reached, self.parts, self.draws = state["reached"], state["parts"], state["draws"]
+        self.again_in_parts = state["again in parts"]
         self._actions = self._all_actions()
         for _ in range(self._taken):
             next(self._actions)
@@ -157,6 +162,8 @@ class Plan:
         span, is_new = move.span, move.span.stop > self.reached
         inside = self._edges[bisect_right(self._edges, span.start) : bisect_left(self._edges, span.stop)]
         count = 1 if self.parts == 1 else (span.stop - span.start) // max(FLOOR, self.cut.chunk // self.parts)
+        if self.again_in_parts and move.kind is Kind.ADVANCE and not is_new and count > 1:
+            return [Move(Kind.ADVANCE, part, finer=True) for part in span.pieces(count)]
         if is_new and not inside and count > 1:
             inside = [part.stop for part in span.pieces(count)[:-1]]
             for edge in inside:
@@ -165,7 +172,9 @@ class Plan:
             parts = [Span(*edge) for edge in pairwise([span.start, *inside, span.stop])]
             return self._as_the_first_sweep(move.kind, parts, is_new=is_new)
         if move.kind is Kind.REVERSE and count > 1 and not self.draws:
-            return [Move(Kind.RETRACE, span), *_from_before(span.pieces(count), finer=True)]
+            rolls_back = self.schedule is not None and self.schedule.rolls_back
+            back = [Move(Kind.RETRACE, span)] if rolls_back else []
+            return [*back, *_from_before(span.pieces(count), finer=True)]
         return []
 
     def _as_the_first_sweep(self, kind: Kind, parts: list[Span], *, is_new: bool) -> list[Move]:

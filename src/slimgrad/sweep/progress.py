@@ -62,7 +62,8 @@ class Progress:
             carrier_for(leaf, Setting(index, name, schedule is not None and schedule.rolls_back, count, self.rows))
             for index, (leaf, name) in enumerate(zip(leaves, tree.paths(initial_state), strict=True))
         ]
-        self.slots: dict[int, tuple[int, list[Any]]] = {}  # position, and a token for each leaf
+        self.slots: dict[int, tuple[int, bool, list[Any]]] = {}  # position, same_bits, and a token for each leaf
+        self.same_bits = True  # the live state is the first sweep's in every bit, not one of finer moves
         self.witness = Witness()
         self.final_state: tree.Tree = None
         self.final_gradient: Sequence[Tensor | None] = [None] * len(self.carriers)
@@ -79,17 +80,17 @@ class Progress:
             tokens = [carrier.keep(self.store, whole=move.finer) for carrier in self.carriers]
             self._drop(move.slot)  # a part of a part may begin where that one does
             if any(token is not None for token in tokens):
-                self.slots[move.slot] = move.span.start, tokens
+                self.slots[move.slot] = move.span.start, self.same_bits, tokens
         elif move.kind is Kind.FREE:
             self._drop(move.slot)
         else:
-            position, tokens = self.slots.get(move.slot, (0, []))
+            position, self.same_bits, tokens = self.slots.get(move.slot, (0, self.same_bits, []))
             for carrier, token in zip(self.carriers, tokens, strict=False):
                 if token is not None:
                     carrier.load(self.store, token, position)
 
     def _drop(self, slot: int) -> None:
-        _, tokens = self.slots.pop(slot, (0, []))
+        *_, tokens = self.slots.pop(slot, (0, True, []))
         for carrier, token in zip(self.carriers, tokens, strict=False):
             if token is not None:
                 carrier.drop(self.store, token)
@@ -100,7 +101,7 @@ class Progress:
             return
         for move in self.plan.ahead(4):
             if move.kind is Kind.LOAD and move.slot in self.slots:
-                for carrier, token in zip(self.carriers, self.slots[move.slot][1], strict=True):
+                for carrier, token in zip(self.carriers, self.slots[move.slot][-1], strict=True):
                     if token is not None:
                         carrier.fetch(self.store, token)
 
@@ -124,9 +125,9 @@ class Progress:
     def compare(self, move: Move, read: dict[str, Tensor], outputs: Sequence[Tensor], *, bits: bool = True) -> None:
         """Note the bits of what a chunk read and came to, or compare them: in one synchronisation.
 
-        Without `bits`, and for a finer move, look at what exact sums must know alone.
+        Without `bits`, for a finer move, and for what came of one, look at what exact sums must know alone.
         """
-        compared = bits and not move.finer
+        compared = bits and not move.finer and self.same_bits
         read, outputs, carriers = (read, outputs, self.carriers) if compared else ({}, (), [])
         checksums = [carrier.checksum() for carrier in carriers]
         loss = self.witness.of_loss(outputs)
@@ -223,8 +224,8 @@ class Progress:
     def state(self) -> dict[str, Any]:
         """All of it: tensors, numbers, plain values, in dicts, lists and tuples."""
         slots = {
-            slot: [position, [_each(c.pack, token) for c, token in zip(self.carriers, tokens, strict=True)]]
-            for slot, (position, tokens) in self.slots.items()
+            slot: [position, same, [_each(c.pack, token) for c, token in zip(self.carriers, tokens, strict=True)]]
+            for slot, (position, same, tokens) in self.slots.items()
         }
         return {
             "seed": self.seed,
@@ -233,6 +234,7 @@ class Progress:
             "carriers": [carrier.state() for carrier in self.carriers],
             "store": self.store.state(),
             "slots": slots,
+            "same bits": self.same_bits,
             "witness": self.witness.state(),
             "final state": None if self.final_state is None else self._packed(self.final_state),
             "final gradient": list(self.final_gradient),
@@ -246,9 +248,10 @@ class Progress:
         self.store.load_state(state["store"])
         for carrier, saved in zip(self.carriers, state["carriers"], strict=True):
             carrier.load_state(saved)
-        for slot, (position, tokens) in state["slots"].items():
+        self.same_bits = state["same bits"]
+        for slot, (position, same, tokens) in state["slots"].items():
             unpacked = [_each(c.unpack, token) for c, token in zip(self.carriers, tokens, strict=True)]
-            self.slots[slot] = position, unpacked
+            self.slots[slot] = position, same, unpacked
         self.witness.load_state(state["witness"])
         if state["final state"] is not None:
             self.final_state = tree.unflatten([unpacked_value(leaf) for leaf in state["final state"]], self.spec)

@@ -143,7 +143,7 @@ class Run:
                 f"{where}, when it had been run and what came of it was put in its place. Every .grad is as it was "
                 "before the call. Use a smaller chunk=, or free some memory"
             )
-        if plan.draws and move.kind is Kind.REVERSE and not move.finer and span.stop <= plan.reached:
+        if plan.draws and move.kind in (Kind.ADVANCE, Kind.REVERSE) and not move.finer and span.stop <= plan.reached:
             raise SweepError(
                 f"{where} in the reverse sweep, and cannot be taken in parts: the model draws random numbers "
                 "(dropout), and would draw others for other shapes. Use a smaller chunk=, or turn dropout off"
@@ -181,6 +181,7 @@ class Run:
         progress.compare(move, piece.read, result.outputs, bits=self._differentiates)
         self._is_over = True
         progress.settle(piece.leaves)
+        progress.same_bits = progress.same_bits and not move.finer
         if is_first:
             if span.stop == progress.plan.cut.length:
                 progress.end()
