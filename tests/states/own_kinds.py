@@ -59,15 +59,14 @@ class Whole(Carrier):
         self.initial, self.live = initial, initial.value.detach().clone()
         self.leaf: Tensor | None = None
         self.after: Tensor | None = None
-        self.gradient: Tensor | None = None
 
     def checksum(self) -> Tensor:
         return checksum(self.live if self.after is None else self.after)
 
     def roots(self) -> list[Root]:
-        if self.after is None or self.gradient is None or not self.after.requires_grad:
+        if self.after is None or self._adjoint is None or not self.after.requires_grad:
             return []
-        return [Root(self.after, self.gradient)]
+        return [Root(self.after, self._adjoint)]
 
     def sources(self) -> list[Tensor]:
         return [self.leaf] if self.leaf is not None and self.leaf.requires_grad else []
@@ -76,7 +75,7 @@ class Whole(Carrier):
         assert self.leaf is not None
         assert self.after is not None
         if self.reverses:
-            self.gradient = self.leaf.grad
+            self._adjoint = self.leaf.grad
         before = self.position == self.span.start
         self.live = self.leaf.detach() if before else self.after.detach().clone()
         self.leaf = self.after = None
@@ -105,17 +104,11 @@ class Whole(Carrier):
     def final(self) -> State:
         return self.initial.with_value((self.live if self.after is None else self.after).detach().clone())
 
-    def adjoint(self) -> Tensor | None:
-        return self.gradient
-
-    def set_adjoint(self, gradient: Tensor | None) -> None:
-        self.gradient = gradient
-
     def state(self) -> dict[str, Any]:
-        return {"position": self.position, "live": self.live.clone(), "gradient": self.gradient}
+        return {"position": self.position, "live": self.live.clone(), "gradient": self._adjoint}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.position, self.live, self.gradient = state["position"], state["live"], state["gradient"]
+        self.position, self.live, self._adjoint = state["position"], state["live"], state["gradient"]
 
 
 class DecayedCarrier(Whole):

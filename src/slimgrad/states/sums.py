@@ -142,7 +142,6 @@ class SumCarrier(Carrier):
         self._following: PrefixSum | None = None
         self._before: Tensor | None = None
         self._edge: tuple[GradientEdge, torch.dtype] | None = None
-        self._adjoint: Tensor | None = None
         self._kept_scales: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # alive while a copy needs them
 
     @property
@@ -296,12 +295,6 @@ class SumCarrier(Carrier):
     def final(self) -> PrefixSum:
         assert not self._goes_back  # the last chunk's end state is noted when it runs first
         return PrefixSum(self.accumulator.value().detach().clone())
-
-    def adjoint(self) -> Tensor | None:
-        return self._adjoint
-
-    def set_adjoint(self, gradient: Tensor | None) -> None:
-        self._adjoint = gradient
 
     @property
     def nbytes(self) -> int:

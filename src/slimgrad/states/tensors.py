@@ -38,7 +38,6 @@ class TensorCarrier(Carrier):
         self._version = 0
         self._leaf: Tensor | None = None
         self._returned: Tensor | None = None
-        self._adjoint: Tensor | None = None
         self._kept: Kept | None = None
         self._unpacked: dict[Handle, Kept] = {}
 
@@ -123,12 +122,6 @@ class TensorCarrier(Carrier):
         x = self.value if self._returned is None else self._returned
         # a copy: what the model returned may be a part of its inputs, its weights or its activations
         return x.detach().clone(memory_format=torch.contiguous_format)
-
-    def adjoint(self) -> Tensor | None:
-        return self._adjoint
-
-    def set_adjoint(self, gradient: Tensor | None) -> None:
-        self._adjoint = gradient
 
     @property
     def nbytes(self) -> int:

@@ -69,9 +69,6 @@ class ValueCarrier(Carrier):
     def final(self) -> Any:
         return self._returned
 
-    def adjoint(self) -> None:
-        return None
-
     def set_adjoint(self, gradient: Tensor | None) -> None:
         if gradient is not None:
             raise SweepError(f"state {self.name} is a Python value and takes no gradient")
