@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimgrad.call.arguments import Call, Normalizer, Options, Result
+from slimgrad.call.arguments import DEFAULT_CHUNK, Call, Normalizer, Options, Result
 from slimgrad.call.losses import cross_entropy_sum, token_cross_entropy
 from slimgrad.call.outputs import loss_of, outputs_of
 from slimgrad.call.parallel import one_thread_at_a_time, refuse_unsynchronised
@@ -22,9 +22,8 @@ from slimgrad.call.protocol import require_causal_model
 from slimgrad.gradients.sink import Sink
 from slimgrad.sweep.compiled import not_traced
 from slimgrad.sweep.program import OnChunk
+from slimgrad.sweep.run import everywhere
 from slimgrad.sweep.schedules.base import Schedule
-
-DEFAULT_CHUNK = 4096
 
 
 @not_traced
@@ -106,8 +105,7 @@ def backward(
             started.run.forward()
             if index == 0:
                 call.refuse_gathered()
-            cotangent = call.loss_grad
-            initial_grads.append(started.reverse(lambda _, cotangent=cotangent: [cotangent]))
+            initial_grads.append(started.reverse(everywhere(call.loss_grad)))
             final_states.append(started.run.progress.final_state)
         call.deliver(initial_grads)
     return call.result(final_states, initial_grads)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch.multiprocessing as mp
 
+import slimgrad as sg
+
 
 def run_processes(function: Callable[..., None], args: tuple[Any, ...], count: int, seconds: float = 200.0) -> None:
     """`function(rank, *args)` in `count` new processes; a failure of one is raised here."""
@@ -19,3 +21,15 @@ def run_processes(function: Callable[..., None], args: tuple[Any, ...], count: i
             for process in context.processes:
                 process.kill()
             pytest.fail(f"{function.__name__}: {count} processes were expected to end within {seconds:.0f} s")
+
+
+def refusals(ways: dict[str, Callable[[], object]]) -> dict[str, str]:
+    """What each way says when it is refused."""
+    said = {}
+    for name, way in ways.items():
+        try:
+            way()
+            said[name] = "nothing"
+        except sg.ModelError as error:
+            said[name] = str(error)
+    return said

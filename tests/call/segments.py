@@ -31,6 +31,17 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+class Biased(LinearAttention):
+    """The context is added to the outputs; a number in it scales it."""
+
+    def forward(self, inputs: Tensor, state: Any, context: Any) -> tuple[Tensor, Any]:
+        outputs, state = super().forward(inputs, state)
+        return outputs + context["scale"] * context["bias"], state
+
+    def advance(self, inputs: Tensor, state: Any, context: Any) -> Any:
+        return super().advance(inputs, state)
+
+
 def built(kind: str) -> nn.Module:
     """The same model each time."""
     torch.manual_seed(3)

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import slimgrad as sg
-from tests.call.processes import run_processes
+from tests.call.processes import refusals, run_processes
 from tests.contract.contract import collect, plain, worst_error
 from tests.toy_models import AllKinds
 
@@ -83,13 +83,7 @@ def _refusals(swept: AllKinds) -> dict[str, str]:
         "token_loss(DDP.module)": lambda: sg.token_loss(inside_out.module, tokens, chunk=7),
         "backward of what Chunked wraps": lambda: sg.backward(swept, tokens, chunk=7),
     }
-    said = {}
-    for name, way in ways.items():
-        try:
-            way()
-            said[name] = "nothing"
-        except sg.ModelError as error:
-            said[name] = str(error)
+    said = refusals(ways)
 
     class Gone:
         pass
@@ -224,13 +218,7 @@ def _sharded(rank: int, folder: str, world_size: int) -> None:
             "backward(FSDP(model))": lambda: sg.backward(wrapped, tokens, chunk=7),
             "Chunked(FSDP(model))": lambda: sg.Chunked(wrapped),
         }
-        said = {}
-        for name, way in ways.items():
-            try:
-                way()
-                said[name] = "nothing"
-            except sg.ModelError as error:
-                said[name] = str(error)
+        said = refusals(ways)
         torch.save(found | {"refused": said}, Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()

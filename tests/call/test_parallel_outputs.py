@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import slimgrad as sg
-from tests.call.processes import run_processes
+from tests.call.processes import refusals, run_processes
 from tests.contract.contract import worst_error
 from tests.toy_models import AllKinds
 
@@ -142,13 +142,7 @@ def _refusals(mine: Tensor) -> dict[str, str]:
         "inside Segment": lambda: straight(mine, sg.Segment),
         "another's outputs": lambda: straight(mine, lambda *_, chunk: sg.outputs(inner, mine, chunk=chunk)),
     }
-    said = {}
-    for name, way in ways.items():
-        try:
-            way()
-            said[name] = "nothing"
-        except sg.ModelError as error:
-            said[name] = str(error)
+    said = refusals(ways)
     assert not any(p.grad is not None for p in [*ddp.parameters(), *straight.parameters()])
     with torch.no_grad():  # forward only there is nothing to synchronise
         sg.outputs(inner, mine, chunk=7)

@@ -17,6 +17,7 @@ from tests.call.segments import (
     MODELS,
     TARGETS,
     TOKENS,
+    Biased,
     bits,
     built,
     counted,
@@ -27,7 +28,7 @@ from tests.call.segments import (
     segment,
 )
 from tests.contract.contract import fresh_state
-from tests.toy_models import LinearAttention, Signals
+from tests.toy_models import Signals
 
 SCHEDULES = {
     "Rebuild": sg.Rebuild(),
@@ -129,17 +130,6 @@ def test_inputs_that_take_gradients(tmp_path: Path) -> None:
         result = finished(sg.Segment.load(tmp_path, model, again, TARGETS % 5))
         assert different(bits(model, result), expected) == []
         assert all(torch.equal(again[name].grad, given[name].grad) for name in given)
-
-
-class Biased(LinearAttention):
-    """The context is added to the outputs."""
-
-    def forward(self, inputs: Tensor, state: Any, context: Any) -> tuple[Tensor, Any]:
-        outputs, state = super().forward(inputs, state)
-        return outputs + context["scale"] * context["bias"], state
-
-    def advance(self, inputs: Tensor, state: Any, context: Any) -> Any:
-        return super().advance(inputs, state)
 
 
 def test_a_context_takes_its_gradient_and_must_be_the_same(tmp_path: Path) -> None:

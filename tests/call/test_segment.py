@@ -9,9 +9,21 @@ import torch
 from torch import Tensor, nn
 
 import slimgrad as sg
-from tests.call.segments import CHUNK, MODELS, TARGETS, TOKENS, bits, built, counted, different, finished, segment
+from tests.call.segments import (
+    CHUNK,
+    MODELS,
+    TARGETS,
+    TOKENS,
+    Biased,
+    bits,
+    built,
+    counted,
+    different,
+    finished,
+    segment,
+)
 from tests.contract.contract import collect, cotangent_for, fresh_state, plain, worst_error
-from tests.toy_models import LinearAttention, Signals
+from tests.toy_models import Signals
 
 SCHEDULES = [sg.Rebuild(), sg.Keep(), sg.Every(3), sg.Binomial(2)]
 EXACT = 1e-12  # measured over all tests here: at most 6e-16
@@ -33,17 +45,6 @@ class Numbers:
     def read(self, start: int, stop: int) -> Tensor:
         self.spans.append((start, stop))
         return self.tokens[:, start:stop]
-
-
-class Biased(LinearAttention):
-    """The context is added to the outputs; a number in it scales it."""
-
-    def forward(self, inputs: Tensor, state: Any, context: Any) -> tuple[Tensor, Any]:
-        outputs, state = super().forward(inputs, state)
-        return outputs + context["scale"] * context["bias"], state
-
-    def advance(self, inputs: Tensor, state: Any, context: Any) -> Any:
-        return super().advance(inputs, state)
 
 
 def context() -> dict[str, Any]:

@@ -31,6 +31,7 @@ from slimgrad.sweep.schedules.base import Schedule
 
 logger = logging.getLogger("slimgrad")
 INITIAL = "the initial state"
+DEFAULT_CHUNK = 4096  # tokens
 
 Normalizer = Literal["targets"] | float | int | Tensor
 

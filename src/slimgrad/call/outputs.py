@@ -17,7 +17,7 @@ from slimgrad.call.arguments import Call, Started
 from slimgrad.call.guard import CalledWith
 from slimgrad.call.parallel import one_thread_at_a_time
 from slimgrad.errors import ConsumedError
-from slimgrad.sweep.run import Cotangents
+from slimgrad.sweep.run import Cotangents, everywhere
 
 
 def loss_of(call: Call) -> Tensor:
@@ -83,23 +83,22 @@ class _Swept(torch.autograd.Function):
         initial_grads = list[Any]()
         # within torch.inference_mode a backward works in plain PyTorch as well
         with torch.inference_mode(False), one_thread_at_a_time(call.model), called_with.restored():
-            given = iter(g.clone() if g is not None and g.is_inference() else g for g in grad_outputs)
+            given = [g.clone() if g is not None and g.is_inference() else g for g in grad_outputs]
+            coming = iter(given)
             for one in started:
-                along = [next(given) for _ in one.program.collected.differentiable]
+                along = [next(coming) for _ in one.program.collected.differentiable]
                 if along and all(g is None for g in along):  # a document that no loss reads
                     one.run.progress.close()
                     initial_grads.append(one.run.progress.adjoint())
                     continue
-                initial_grads.append(one.reverse(_slices(along) if along else _same(grad_outputs[0], call.loss_grad)))
+                if along:
+                    initial_grads.append(one.reverse(_slices(along)))
+                else:  # a sum
+                    cotangent = None if given[0] is None else given[0] * call.loss_grad
+                    initial_grads.append(one.reverse(everywhere(cotangent)))
         return None, *call.gradients(initial_grads)
 
 
 def _slices(along: Sequence[Tensor | None]) -> Cotangents:
     """From a span to its parts of cotangents along time."""
     return lambda span: [None if g is None else g[:, span.start : span.stop] for g in along]
-
-
-def _same(g: Tensor | None, loss_grad: Tensor) -> Cotangents:
-    """For every chunk the cotangent of the loss."""
-    cotangent = None if g is None else g * loss_grad
-    return lambda span: [cotangent]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimgrad.call.arguments import Call, Options, Result, Started, logger
+from slimgrad.call.arguments import DEFAULT_CHUNK, Call, Options, Result, Started, logger
 from slimgrad.call.guard import CalledWith
 from slimgrad.call.identity import differences, identity_of
 from slimgrad.call.losses import cross_entropy_sum
@@ -36,6 +36,7 @@ from slimgrad.sweep import tree
 from slimgrad.sweep.compiled import not_traced
 from slimgrad.sweep.plan import FLOOR
 from slimgrad.sweep.program import Event, OnChunk, refuse_nesting
+from slimgrad.sweep.run import everywhere
 from slimgrad.sweep.schedules.base import Schedule
 from slimgrad.sweep.witness import fetch
 
@@ -62,7 +63,7 @@ class Segment:
         targets: Any = None,
         *,
         context: Any = None,
-        chunk: int = 4096,
+        chunk: int = DEFAULT_CHUNK,
         schedule: Schedule | None = None,
         loss_fn: LossFn | None = None,
         state: Any = None,
@@ -148,7 +149,7 @@ class Segment:
             if self.phase == "swept" and final_state_grad is not None:
                 self._started.run.progress.expect(final_state_grad)
             try:
-                return self._started.reverse(lambda _, cotangent=cotangent: [cotangent])
+                return self._started.reverse(everywhere(cotangent))
             except MemoryLimitError:
                 parts = plan.parts if plan.parts > before else 2 * plan.parts  # more, if it was split on the way
                 if self._folder is None or plan.cut.chunk // parts < FLOOR:

@@ -237,6 +237,11 @@ class Run:
         self._on_chunk(Event(phase, *move.span, progress.plan.cut.length, loss, progress.held_bytes, norm))
 
 
+def everywhere(cotangent: Tensor | None) -> Cotangents:
+    """The same cotangent for the one output of every chunk: that of a sum."""
+    return lambda span: [cotangent]
+
+
 def _no_cotangents(span: Span) -> Sequence[Tensor | None]:
     raise AssertionError(span)
 
