@@ -1,0 +1,70 @@
+"""What is known of a class: whether it is exact in chunks, and how it has to be run there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from slimgrad.errors import ModelError
+
+TOLERANCE = 1e-10  # relative, per gradient, in float64
+LENGTH = 33  # tokens
+CHUNKS = (10, 7, 8, 13)  # above and at a window of 7; 8 leaves one token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What was found of one class, with one configuration.
+
+    Attributes:
+        model: the class and its model type.
+        is_exact: every gradient within 1e-10 of plain backpropagation's, over all chunks.
+        error: the largest relative error found; None where nothing could be compared.
+        reason: why not, in words; empty if exact.
+        base: the path of the module that is handed the cache.
+        head: how the loss of the head is taken: "linear", "pieces", "whole", or None without a head.
+        shifts_labels: whether the model's own loss predicts the next token from labels (or the label in place).
+        counts_from_chunk: the model counts positions from the start of what it is given.
+        counts_padding: the padding token, where positions are counted by it; None elsewhere.
+        states: the kinds of state found.
+        attention: the implementation it was compared with.
+        versions: of transformers, torch, slimgrad.
+    """
+
+    model: str
+    is_exact: bool = False
+    error: float | None = None
+    reason: str = ""
+    base: str = ""
+    head: str | None = None
+    shifts_labels: bool = True
+    counts_from_chunk: bool = False
+    counts_padding: int | None = None
+    states: list[str] = field(default_factory=list[str])
+    attention: str = ""
+    versions: dict[str, str] = field(default_factory=dict[str, str])
+
+    def require_exact(self) -> None:
+        """Raise if it says no.
+
+        Raises:
+            ModelError: with the reason.
+        """
+        if not self.is_exact:
+            raise ModelError(
+                f"{self.model} is not certified as exact in chunks: {self.reason}. Expected a class whose gradients in "
+                "chunks equal plain backpropagation's. Train it without slimgrad, or see docs/huggingface.md for what "
+                "a class can be given"
+            )
+
+    def __str__(self) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        kinds = ", ".join(self.states) or "none"
+        if not self.is_exact:
+            return f"{self.model}: NOT exact in chunks: {self.reason}\n  {versions}"
+        return (
+            f"{self.model}: exact in chunks\n"
+            f"  largest relative error of a gradient against plain backpropagation, float64: {self.error:.1e} "
+            f"(allowed {TOLERANCE:.0e})\n"
+            f"  compared: {LENGTH} tokens in chunks of {', '.join(map(str, CHUNKS))}, attention: {self.attention}\n"
+            f"  state: {kinds}; head: {self.head or 'none'}\n  {versions}"
+        )

@@ -1,0 +1,186 @@
+"""The base of a Hugging Face model as a causal step: tokens in, hidden states out, its cache as the state."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from slimgrad.errors import ModelError
+from slimgrad.hf.cache import FunctionalCache, LayerKind, kinds_of
+from slimgrad.hf.rope import fixed_frequencies
+from slimgrad.states.rows import Growing
+from slimgrad.sweep import tree
+
+CACHE_NAMES = ("past_key_values", "cache_params")
+_PROBED = 3  # tokens; more than one, since many models take another path for a single one
+
+
+class BaseStep(nn.Module):
+    """`forward(inputs, state) -> (outputs, next state)` through the model's own forward and cache.
+
+    Args:
+        base: the module that is handed the cache.
+        config: the model's, which says what its cache consists of.
+        chunk: tokens per chunk.
+        counts_from_chunk: the model counts positions from the start of what it is given: they are passed.
+
+    Attributes:
+        output_type: what the base returns.
+    """
+
+    output_type: type[Any]
+
+    def __init__(self, base: nn.Module, config: Any, *, chunk: int, counts_from_chunk: bool = False) -> None:
+        super().__init__()
+        self.base, self.config, self.chunk, self.counts_from_chunk = base, config, chunk, counts_from_chunk
+        names = inspect.signature(type(base).forward).parameters
+        self.cache_name = next((name for name in CACHE_NAMES if name in names), "")
+        self.takes_positions = "position_ids" in names
+        self.routes = False  # whether router logits are wanted beside hidden states
+        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext  # in which each chunk runs
+        self._kinds: dict[Any, list[LayerKind]] = {}
+
+    def original(self, **kwargs: Any) -> Any:
+        """The base model's own forward, as its class has it."""
+        return cast(Any, type(self.base)).forward(self.base, **kwargs)
+
+    def new_cache(self) -> Any:
+        """The cache that the model fills when it is probed."""
+        return DynamicCache(config=self.config)
+
+    def kinds(self) -> list[LayerKind]:
+        """What its cache consists of: seen on a few tokens, once for each dtype and device."""
+        weight = next(self.base.parameters())
+        kind = weight.device.type
+        key = (weight.device, weight.dtype, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        if key not in self._kinds:
+            cache = self.probe(weight.device)
+            self._kinds[key] = kinds_of(cache, self.chunk)
+        return self._kinds[key]
+
+    def probe(self, device: torch.device) -> Any:
+        """The model's own cache after a few tokens."""
+        cache, tokens = self.new_cache(), torch.zeros(1, _PROBED, dtype=torch.long, device=device)
+        with torch.no_grad(), self.within_a_sweep(_PROBED):
+            found = self.original(input_ids=tokens, use_cache=True, **{self.cache_name: cache})
+        self.output_type = type(found)
+        if getattr(found, self.cache_name, None) is not cache:
+            raise ModelError(
+                f"{type(self.base).__name__} does not hand back the cache that it is given; expected its state in "
+                "transformers' cache. See docs/huggingface.md for what can be swept"
+            )
+        return cache
+
+    def initial_state(self, batch_size: int) -> tree.Tree:
+        """No rows, zeros for convolutions and recurrences, position 0."""
+
+        def empty(leaf: Any) -> Any:
+            value = leaf.value if isinstance(leaf, Growing) else leaf
+            zeros = value.new_zeros(batch_size, *value.shape[1:])
+            return Growing(zeros) if isinstance(leaf, Growing) else zeros
+
+        return {"layers": [tree.map_leaves(empty, one.empty) for one in self.kinds()], "position": 0}
+
+    def forward(self, inputs: dict[str, Tensor], state: Any) -> tuple[dict[str, Any], Any]:
+        """One chunk.
+
+        Args:
+            inputs: `input_ids` `[batch, time]` or `inputs_embeds` `[batch, time, width]`; perhaps `position_ids`,
+                `token_type_ids`.
+            state: the state before it; `total` in it is the length of the sequence, where frequencies depend on that.
+
+        Returns:
+            `last_hidden_state` `[batch, time, width]`, and the state after it.
+        """
+        position = cast(int, state["position"])
+        tokens = inputs["inputs_embeds"] if "inputs_embeds" in inputs else inputs["input_ids"]
+        batch, time = tokens.shape[:2]
+        cache = self.bound(state)
+        given: dict[str, Any] = dict(inputs)
+        if self.counts_from_chunk and "position_ids" not in given:
+            at = torch.arange(position, position + time, device=tokens.device)
+            given["position_ids"] = at.expand(batch, time)
+        if self.routes:
+            given["output_router_logits"] = True
+        with self.within_a_sweep(state.get("total")):
+            found = self.original(use_cache=True, **{self.cache_name: cache}, **given)
+        following = {**state, "layers": self.following(cache), "position": position + time}
+        return self.outputs_of(found, batch, time), following
+
+    def state_kinds(self) -> list[str]:
+        """The kinds of state that its cache consists of, in words."""
+        return sorted({name for kind in self.kinds() for name in kind.names()})
+
+    def bound(self, state: Any) -> Any:
+        """The cache that reads `state`."""
+        return FunctionalCache(self.kinds(), state["layers"], state["position"])
+
+    def following(self, cache: Any) -> Any:
+        """The state after the chunk."""
+        return cache.following()
+
+    def outputs_of(self, found: Any, batch: int, time: int) -> dict[str, Any]:
+        """What is collected along time."""
+        outputs = {"last_hidden_state": found.last_hidden_state}
+        router = getattr(found, "router_logits", None)
+        if router:
+            outputs["router_logits"] = [x.view(batch, time, -1) for x in router]
+        return outputs
+
+    @contextmanager
+    def within_a_sweep(self, total: int | None) -> Generator[None]:
+        """How the model has to be set while a chunk runs."""
+        with ExitStack() as stack:
+            stack.enter_context(self.around())
+            stack.enter_context(_checkpointing_keeps_the_cache(self.base))
+            stack.enter_context(_no_leaves_from_embeddings(self.base))
+            if total is not None:
+                stack.enter_context(fixed_frequencies(self.base, total))
+            yield
+
+
+@contextmanager
+def _checkpointing_keeps_the_cache(base: nn.Module) -> Generator[None]:
+    """transformers' own activation checkpointing inside a chunk: its layers may read the cache twice, since ours do not
+    write to what they read. A flag of the whole model (which would switch the cache off) is set aside.
+    """
+    layers = list[Any]()
+    others = list[Any]()
+    for module in base.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            (layers if isinstance(module, GradientCheckpointingLayer) else others).append(module)
+    try:
+        for layer in layers:
+            layer._can_checkpoint_with_cache = True
+        for other in others:
+            other.gradient_checkpointing = False
+        yield
+    finally:
+        for layer in layers:
+            del layer._can_checkpoint_with_cache
+        for other in others:
+            other.gradient_checkpointing = True
+
+
+@contextmanager
+def _no_leaves_from_embeddings(base: nn.Module) -> Generator[None]:
+    """`enable_input_require_grads` makes the embedding's output a leaf by a hook, which a sweep sets aside."""
+    get = cast("Callable[[], nn.Module | None] | None", getattr(base, "get_input_embeddings", None))
+    embedding = None if get is None else get()
+    hooks = {} if embedding is None else embedding._forward_hooks  # pyright: ignore[reportPrivateUsage]
+    aside = {
+        key: hook for key, hook in hooks.items() if "make_inputs_require_grads" in getattr(hook, "__qualname__", "")
+    }
+    try:
+        for key in aside:
+            del hooks[key]
+        yield
+    finally:
+        hooks.update(aside)
