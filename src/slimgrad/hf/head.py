@@ -133,11 +133,11 @@ class _LossInPieces(torch.autograd.Function):
                 logits, goal = logits.to(dtype).flatten(0, 1), targets[:, span].flatten()
                 loss = F.cross_entropy(logits, goal, ignore_index=IGNORED, reduction="sum")
             total += loss.detach().to(total.dtype)
-            takers = [*([x] if wants_hidden else []), *parameters]
-            found = cast("list[Tensor | None]", list(torch.autograd.grad(loss, takers, allow_unused=True)))
+            found = torch.autograd.grad(loss, [x, *parameters] if wants_hidden else parameters, allow_unused=True)
             if d_hidden is not None:
-                d_hidden[:, span] = found.pop(0)
-            for index, gradient in enumerate(found):
+                d_hidden[:, span] = found[0]
+            of_parameters = cast("tuple[Tensor | None, ...]", found[1:] if wants_hidden else found)
+            for index, gradient in enumerate(of_parameters):
                 if gradient is not None:
                     known = sums[index]
                     sums[index] = gradient.to(_wide(gradient.dtype)) if known is None else known.add_(gradient)
