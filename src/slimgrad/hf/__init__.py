@@ -5,7 +5,7 @@ sg.hf.enable(model, chunk=4096)    # then Trainer, SFTTrainer, DPOTrainer, Accel
 """
 
 try:
-    import transformers as _transformers  # noqa: F401
+    import transformers  # noqa: F401  # pyright: ignore[reportUnusedImport]
 except ImportError as error:
     raise ImportError("slimgrad.hf needs transformers: pip install 'slimgrad[hf]'") from error
 

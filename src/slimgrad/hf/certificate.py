@@ -26,7 +26,8 @@ class Certificate:
         counts_from_chunk: the model counts positions from the start of what it is given.
         counts_padding: the padding token, where positions are counted by it; None elsewhere.
         states: the kinds of state found.
-        attention: the implementation it was compared with.
+        attention: the attention implementation of the whole pass that it was compared with.
+        chunk_attention: that of chunks, where it is another (`slimgrad.hf.attention`); None: the same.
         versions: of transformers, torch, slimgrad.
     """
 
@@ -41,6 +42,7 @@ class Certificate:
     counts_padding: int | None = None
     states: list[str] = field(default_factory=list[str])
     attention: str = ""
+    chunk_attention: str | None = None
     versions: dict[str, str] = field(default_factory=dict[str, str])
 
     def require_exact(self) -> None:
@@ -65,6 +67,7 @@ class Certificate:
             f"{self.model}: exact in chunks\n"
             f"  largest relative error of a gradient against plain backpropagation, float64: {self.error:.1e} "
             f"(allowed {TOLERANCE:.0e})\n"
-            f"  compared: {LENGTH} tokens in chunks of {', '.join(map(str, CHUNKS))}, attention: {self.attention}\n"
+            f"  compared: {LENGTH} tokens in chunks of {', '.join(map(str, CHUNKS))}, attention: {self.attention}, "
+            f"within chunks {self.chunk_attention or self.attention}\n"
             f"  state: {kinds}; head: {self.head or 'none'}\n  {versions}"
         )

@@ -30,8 +30,8 @@ from slimgrad.sweep.schedules.base import Schedule
 
 def install(inner: nn.Module, certificate: Certificate, *, chunk: int, schedule: Schedule | None = None) -> BaseStep:
     """Replace the forwards, whatever the certificate says; the step that they run."""
-    base = inner.get_submodule(certificate.base)
-    step = mends.step_for(inner, base, chunk=chunk, counts_from_chunk=certificate.counts_from_chunk)
+    step = mends.step_for(inner, certificate, chunk=chunk)
+    base = step.base
     on_base = BaseForward(base, step, certificate, schedule)
     if base is not inner and certificate.head is not None:
         inner.forward = CausalForward(inner, on_base, certificate)

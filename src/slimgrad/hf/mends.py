@@ -9,16 +9,23 @@ from typing import Any
 
 from torch import nn
 
+from slimgrad.hf.certificate import Certificate
 from slimgrad.hf.step import BaseStep
 
 STEPS: dict[str, type[BaseStep]] = {}
 
 
-def step_for(inner: nn.Module, base: nn.Module, *, chunk: int, counts_from_chunk: bool) -> BaseStep:
-    """The base as a causal step, mended where its type needs it."""
+def step_for(inner: nn.Module, known: Certificate, *, chunk: int) -> BaseStep:
+    """The base of `inner` as a causal step, mended where its type needs it, and run as the certificate says."""
     config: Any = inner.config
     kind = STEPS.get(config.model_type, BaseStep)
-    return kind(base, config, chunk=chunk, counts_from_chunk=counts_from_chunk)
+    return kind(
+        inner.get_submodule(known.base),
+        config,
+        chunk=chunk,
+        counts_from_chunk=known.counts_from_chunk,
+        attention=known.chunk_attention,
+    )
 
 
 def base_of(inner: nn.Module) -> str | None:

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from slimgrad.errors import ModelError
+from slimgrad.hf.attention import attending
 from slimgrad.hf.cache import FunctionalCache, LayerKind, kinds_of
 from slimgrad.hf.rope import fixed_frequencies
 from slimgrad.states.rows import Growing
@@ -30,6 +31,7 @@ class BaseStep(nn.Module):
         config: the model's, which says what its cache consists of.
         chunk: tokens per chunk.
         counts_from_chunk: the model counts positions from the start of what it is given: they are passed.
+        attention: the attention function of its layers while a chunk runs; None: their own.
 
     Attributes:
         output_type: what the base returns.
@@ -37,8 +39,17 @@ class BaseStep(nn.Module):
 
     output_type: type[Any]
 
-    def __init__(self, base: nn.Module, config: Any, *, chunk: int, counts_from_chunk: bool = False) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        config: Any,
+        *,
+        chunk: int,
+        counts_from_chunk: bool = False,
+        attention: str | None = None,
+    ) -> None:
         super().__init__()
+        self.attention = attention
         self.base, self.config, self.chunk, self.counts_from_chunk = base, config, chunk, counts_from_chunk
         names = inspect.signature(type(base).forward).parameters
         self.cache_name = next((name for name in CACHE_NAMES if name in names), "")
@@ -141,6 +152,8 @@ class BaseStep(nn.Module):
             stack.enter_context(self.around())
             stack.enter_context(_checkpointing_keeps_the_cache(self.base))
             stack.enter_context(_no_leaves_from_embeddings(self.base))
+            if self.attention is not None:
+                stack.enter_context(attending(self.base, self.attention))
             if total is not None:
                 stack.enter_context(fixed_frequencies(self.base, total))
             yield
