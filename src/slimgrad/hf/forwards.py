@@ -8,6 +8,8 @@ evaluation, saving) is the model as it was.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -88,6 +90,22 @@ def enabled_below(forward: Any) -> BaseForward | CausalForward | None:
     return None
 
 
+@contextmanager
+def evaluated_in_chunks(model: nn.Module) -> Generator[None]:
+    """Within the block an enabled model is swept in eval mode and without gradients as well: a loss over any length
+    without its logits, or activations of the whole length.
+    """
+    found = [enabled_below(module.__dict__.get("forward")) for module in model.modules()]
+    forwards = [one for one in found if one is not None and not one.evaluates]
+    try:
+        for one in forwards:
+            one.evaluates = True
+        yield
+    finally:
+        for one in forwards:
+            one.evaluates = False
+
+
 class _Forward:
     """A forward on an instance: an object of a class, so that copies and pickles of the module carry their own.
 
@@ -95,10 +113,12 @@ class _Forward:
         module: whose forward it is.
         previous: what was on the instance before (Accelerate, TRL), or None for the class' own.
         active: False after `disable` where somebody wrapped it.
+        evaluates: whether calls outside of training are swept as well.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.previous, self.active = module, module.__dict__.get("forward"), True
+        self.evaluates = False
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -113,7 +133,7 @@ class _Forward:
 
     def is_training(self) -> bool:
         """Whether this call is one to sweep."""
-        return self.active and self.module.training and torch.is_grad_enabled()
+        return self.active and (self.evaluates or (self.module.training and torch.is_grad_enabled()))
 
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name."""
@@ -213,6 +233,8 @@ class CausalForward(_Forward):
         below = {id(p) for p in self.base.module.parameters()}
         own = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set[int]()
         parameters = [p for p in self.module.parameters() if p.requires_grad and (id(p) not in below or id(p) in own)]
+        if not torch.is_grad_enabled():
+            parameters = []
         return loss_in_pieces(hidden, targets, self.logits_of, parameters)
 
     def logits_of(self, hidden: Tensor) -> Tensor:

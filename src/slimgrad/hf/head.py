@@ -35,7 +35,10 @@ def linear_loss(hidden: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
     Returns:
         The sum in nats, 0-d, float32 (float64 for a float64 head).
     """
-    return cast(Tensor, _LinearLoss.apply(hidden, targets, head.weight, head.bias))
+    weight, bias = head.weight, cast("Tensor | None", head.bias)
+    if not torch.is_grad_enabled():  # a Function is told what requires gradients, not whether they are wanted
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    return cast(Tensor, _LinearLoss.apply(hidden, targets, weight, bias))
 
 
 def loss_in_pieces(hidden: Tensor, targets: Tensor, logits_of: LogitsOf, parameters: Sequence[Tensor]) -> Tensor:
@@ -126,13 +129,15 @@ class _LossInPieces(torch.autograd.Function):
         dtype = torch.float32
         for start in range(0, hidden.shape[1], PIECE):
             span = slice(start, start + PIECE)
-            with torch.enable_grad():
+            with torch.set_grad_enabled(wants_hidden or bool(parameters)):
                 x = hidden[:, span].detach().requires_grad_(wants_hidden)
                 logits = logits_of(x)
                 dtype = _wide(logits.dtype)
                 logits, goal = logits.to(dtype).flatten(0, 1), targets[:, span].flatten()
                 loss = F.cross_entropy(logits, goal, ignore_index=IGNORED, reduction="sum")
             total += loss.detach().to(total.dtype)
+            if not loss.requires_grad:
+                continue
             found = torch.autograd.grad(loss, [x, *parameters] if wants_hidden else parameters, allow_unused=True)
             if d_hidden is not None:
                 d_hidden[:, span] = found[0]
