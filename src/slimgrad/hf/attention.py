@@ -182,19 +182,22 @@ def _kernel_backward(
     )
 
 
+def configs_of(base: nn.Module) -> list[Any]:
+    """The configurations that the modules of `base` read the name of their attention function from."""
+    found = {id(c): c for m in base.modules() if (c := getattr(m, "config", None)) is not None}
+    return [c for c in found.values() if hasattr(c, "_attn_implementation_internal")]
+
+
 @contextmanager
-def attending(base: nn.Module, name: str) -> Generator[None]:
-    """Within the block the layers of `base` use the attention function `name`."""
-    configs = {id(c): c for m in base.modules() if (c := getattr(m, "config", None)) is not None}
-    before = [
-        (c, c._attn_implementation_internal) for c in configs.values() if hasattr(c, "_attn_implementation_internal")
-    ]
+def attending(configs: list[Any], name: str | None) -> Generator[None]:
+    """Within the block their layers use the attention function `name`; None: their own."""
+    before = [c._attn_implementation_internal for c in configs]
     try:
-        for config, _ in before:
-            config._attn_implementation_internal = name
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name or own
         yield
     finally:
-        for config, own in before:
+        for config, own in zip(configs, before, strict=True):
             config._attn_implementation_internal = own
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,13 +14,14 @@ from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from slimgrad.errors import ModelError
-from slimgrad.hf.attention import attending
+from slimgrad.hf.attention import attending, configs_of
 from slimgrad.hf.cache import FunctionalCache, LayerKind, kinds_of
 from slimgrad.hf.rope import fixed_frequencies
 from slimgrad.states.rows import Growing
 from slimgrad.sweep import tree
 
 CACHE_NAMES = ("past_key_values", "cache_params")
+Around = Callable[[], AbstractContextManager[Any]]
 _PROBED = 3  # tokens; more than one, since many models take another path for a single one
 
 
@@ -49,13 +51,13 @@ class BaseStep(nn.Module):
         attention: str | None = None,
     ) -> None:
         super().__init__()
-        self.attention = attention
+        self.attention, self._configs = attention, configs_of(base)
         self.base, self.config, self.chunk, self.counts_from_chunk = base, config, chunk, counts_from_chunk
         names = inspect.signature(type(base).forward).parameters
         self.cache_name = next((name for name in CACHE_NAMES if name in names), "")
         self.takes_positions = "position_ids" in names
         self.routes = False  # whether router logits are wanted beside hidden states
-        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext  # in which each chunk runs
+        self.around: Around = nullcontext  # in which each chunk runs
         self._kinds: dict[Any, list[LayerKind]] = {}
 
     def original(self, **kwargs: Any) -> Any:
@@ -73,8 +75,12 @@ class BaseStep(nn.Module):
         key = (weight.device, weight.dtype, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         if key not in self._kinds:
             cache = self.probe(weight.device)
-            self._kinds[key] = kinds_of(cache, self.chunk)
+            self._kinds[key] = self.kinds_in(cache)
         return self._kinds[key]
+
+    def kinds_in(self, cache: Any) -> list[LayerKind]:
+        """What a cache that was filled by the model consists of."""
+        return kinds_of(cache, self.chunk)
 
     def probe(self, device: torch.device) -> Any:
         """The model's own cache after a few tokens."""
@@ -150,19 +156,21 @@ class BaseStep(nn.Module):
         """How the model has to be set while a chunk runs."""
         with ExitStack() as stack:
             stack.enter_context(self.around())
-            stack.enter_context(_checkpointing_keeps_the_cache(self.base))
+            attend = partial(attending, self._configs, self.attention)
+            stack.enter_context(attend())
+            stack.enter_context(_checkpointing_keeps_the_cache(self.base, attend))
             stack.enter_context(_no_leaves_from_embeddings(self.base))
-            if self.attention is not None:
-                stack.enter_context(attending(self.base, self.attention))
             if total is not None:
                 stack.enter_context(fixed_frequencies(self.base, total))
             yield
 
 
 @contextmanager
-def _checkpointing_keeps_the_cache(base: nn.Module) -> Generator[None]:
+def _checkpointing_keeps_the_cache(base: nn.Module, around: Around) -> Generator[None]:
     """transformers' own activation checkpointing inside a chunk: its layers may read the cache twice, since ours do not
     write to what they read. A flag of the whole model (which would switch the cache off) is set aside.
+
+    A layer runs again in the chunk's backward pass, after this block: `around` is entered there anew.
     """
     layers = list[Any]()
     others = list[Any]()
@@ -172,14 +180,30 @@ def _checkpointing_keeps_the_cache(base: nn.Module) -> Generator[None]:
     try:
         for layer in layers:
             layer._can_checkpoint_with_cache = True
+            layer._gradient_checkpointing_func = _Checkpoint(layer._gradient_checkpointing_func, around)
         for other in others:
             other.gradient_checkpointing = False
         yield
     finally:
         for layer in layers:
             del layer._can_checkpoint_with_cache
+            layer._gradient_checkpointing_func = layer._gradient_checkpointing_func.checkpoint
         for other in others:
             other.gradient_checkpointing = True
+
+
+class _Checkpoint:
+    """A checkpoint function whose layer runs within `around`, both times."""
+
+    def __init__(self, checkpoint: Callable[..., Any], around: Around) -> None:
+        self.checkpoint, self._around = checkpoint, around
+
+    def __call__(self, run: Callable[..., Any], *args: Any) -> Any:
+        def run_within(*args: Any) -> Any:
+            with self._around():
+                return run(*args)
+
+        return self.checkpoint(run_within, *args)
 
 
 @contextmanager
