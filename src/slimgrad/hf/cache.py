@@ -93,7 +93,8 @@ class IndexedLayer(RowsLayer, hf.DynamicIndexedLayer):
     is_indexer_initialized = True
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
-        rows, self.after["indexer"] = self.before["indexer"].append(indexer_key_states)
+        with torch.enable_grad():  # indexers choose without gradients; rows are appended with them, whoever asks
+            rows, self.after["indexer"] = self.before["indexer"].append(indexer_key_states)
         self.indexer_keys = rows
         return rows
 
@@ -129,7 +130,8 @@ class WindowLayer(hf.DynamicSlidingWindowLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.keys, self.values, self.cumulative_length = self.before["keys"], self.before["values"], self._position
-        found = super().update(key_states, value_states, *args, **kwargs)
+        # by name, since hybrid layers, which are no WindowLayer, update so too
+        found = hf.DynamicSlidingWindowLayer.update(self, key_states, value_states, *args, **kwargs)
         self.after["keys"], self.after["values"] = self.keys, self.values
         return found
 
