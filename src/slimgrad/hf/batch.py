@@ -20,6 +20,8 @@ _IGNORED = (
     "attention_mask",
     "use_cache",
     "return_dict",
+    "labels",  # the head's, handed through by models of several parts
+    "logits_to_keep",
     "num_items_in_batch",
     "cache_position",
     "max_length_q",
@@ -32,6 +34,11 @@ _WHOLE = {
     "output_hidden_states": "every layer's hidden states along the whole sequence are what chunks do not keep",
     "output_attentions": "attention weights are quadratic in the length",
 }
+
+_AT_PADDING = (
+    "the loss reads the model's outputs at padding (where attention_mask is zero), which chunks do not compute; "
+    "expected labels of -100 there"
+)
 
 
 @dataclass
@@ -52,14 +59,28 @@ class Batch:
     time: int
     mask: Tensor | None
 
+    def __post_init__(self) -> None:
+        self._lengths = [next(iter(one.values())).shape[1] for one in self.sequences]
+        self.sequences = [_at_least_two(one) for one in self.sequences]
+
     def assembled(self, outputs: list[Tensor]) -> Tensor:
         """One output's parts as `[rows, time, ...]`, padding zero."""
+        outputs = [x[:, :length] for x, length in zip(outputs, self._lengths, strict=True)]
         if self.is_packed:
             whole = torch.cat([x.flatten(0, 1) for x in outputs])
             whole = whole.view(self.rows, self.time, *whole.shape[1:])
         else:
             (whole,) = outputs
         return whole if self.mask is None else cast(Tensor, _RealTokens.apply(whole, self.mask))
+
+
+def _at_least_two(sequence: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A sequence of one token with that token once more, whose outputs nobody sees: many models take another path for
+    one token alone, which writes in place.
+    """
+    if next(iter(sequence.values())).shape[1] != 1:
+        return sequence
+    return {name: torch.cat([x, x + (name == "position_ids")], 1) for name, x in sequence.items()}
 
 
 def read_batch(given: dict[str, Any], config: Any, *, padding: int | None, takes_positions: bool) -> Batch:
@@ -122,6 +143,18 @@ def _refuse(given: dict[str, Any], config: Any) -> None:
             f"the model was given {', '.join(strange)} in training, of which slimgrad does not know how it is cut into "
             f"chunks; expected {', '.join(PER_TOKEN)} and attention_mask. Leave it out, or slimgrad.hf.disable(model)"
         )
+
+
+def refuse_targets_at_padding(targets: Tensor, mask: Any) -> None:
+    """Raise, before any work, where a target is predicted from padding.
+
+    Args:
+        targets: `[rows, time]`, -100 is ignored.
+        mask: the attention mask, or None.
+    """
+    real = _padding(mask, targets)
+    if real is not None and bool(((targets != -100) & ~real).any()):
+        raise InputError(_AT_PADDING)
 
 
 def _padding(mask: Any, tokens: Tensor) -> Tensor | None:
@@ -196,8 +229,5 @@ class _RealTokens(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (gradient,), (mask,) = grad_outputs, cast("tuple[Tensor]", cast(Any, ctx).saved_tensors)
         if bool(gradient[~mask].any()):
-            raise InputError(
-                "the loss reads the model's outputs at padding (where attention_mask is zero), which chunks do not "
-                "compute; expected labels of -100 there"
-            )
+            raise InputError(_AT_PADDING)
         return gradient, None

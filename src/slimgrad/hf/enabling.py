@@ -8,7 +8,8 @@ from slimgrad.call.arguments import DEFAULT_CHUNK
 from slimgrad.errors import InputError, ModelError
 from slimgrad.hf.certificate import Certificate
 from slimgrad.hf.certifying import certify
-from slimgrad.hf.forwards import enabled_below, install, uninstall
+from slimgrad.hf.forwards import enabled, install, refuse_moved_weights, uninstall
+from slimgrad.hf.smoke import require_same_outputs
 from slimgrad.sweep.schedules.base import Schedule
 
 
@@ -18,6 +19,7 @@ def enable(
     chunk: int = DEFAULT_CHUNK,
     schedule: Schedule | None = None,
     certificate: Certificate | None = None,
+    check: bool = True,
 ) -> nn.Module:
     """Train `model` in chunks from now on: exact gradients, in memory of one chunk's graph.
 
@@ -30,12 +32,15 @@ def enable(
         schedule: how states are found again (see docs/schedules.md); `Rebuild(rows="host")` keeps keys and values in
             host memory.
         certificate: of `certify`; None: looked up, or made in about two seconds.
+        check: also compare the model itself, with its weights and what has been put on it, whole and in chunks, over 64
+            tokens forward (see `smoke`).
 
     Returns:
         `model` itself.
 
     Raises:
-        ModelError: the model's class is not exact in chunks, or nobody can say: the reason, and what to do.
+        ModelError: the model's class is not exact in chunks, or nobody can say, or this model is not: the reason, and
+            what to do.
         InputError: it is enabled already.
 
     Cost: plain backpropagation and one more forward pass of the base model; memory of one chunk's graph, the state
@@ -46,12 +51,20 @@ def enable(
         >>> model(input_ids=ids, labels=ids).loss.backward()
     """
     inner = _inner(model)
-    if any(enabled_below(m.__dict__["forward"]) for m in inner.modules() if "forward" in m.__dict__):
+    if enabled(inner):
         raise InputError("the model is enabled already; expected slimgrad.hf.disable(model) before it is enabled anew")
-    _refuse_hooks(inner)
     certificate = certificate or certify(inner)
     certificate.require_exact()
-    install(inner, certificate, chunk=chunk, schedule=schedule)
+    base = inner.get_submodule(certificate.base)
+    refuse_moved_weights(base)
+    _refuse_wrapped(base)
+    step = install(inner, certificate, chunk=chunk, schedule=schedule)
+    if check:
+        try:
+            require_same_outputs(inner, step, certificate)
+        except BaseException:
+            uninstall(inner)
+            raise
     return model
 
 
@@ -66,6 +79,16 @@ def disable(model: nn.Module) -> nn.Module:
     return model
 
 
+def _refuse_wrapped(base: nn.Module) -> None:
+    forward = base.__dict__.get("forward")
+    if forward is not None and "_slimgrad" not in base.__dict__:
+        raise ModelError(
+            f"{type(base).__name__} has a forward on its instance ({getattr(forward, '__qualname__', forward)!s:.80}), "
+            "which chunks would pass by. Expected slimgrad.hf.enable(model) before whoever wraps the model "
+            "(Accelerate's prepare does)"
+        )
+
+
 def _inner(model: nn.Module) -> nn.Module:
     """The transformers model within PEFT's."""
     get = getattr(model, "get_base_model", None)
@@ -73,12 +96,3 @@ def _inner(model: nn.Module) -> nn.Module:
     if not isinstance(inner, nn.Module) or not hasattr(inner, "config"):
         raise ModelError(f"expected a transformers model, got {type(model).__name__}")
     return inner
-
-
-def _refuse_hooks(inner: nn.Module) -> None:
-    for name, module in inner.named_modules():
-        if hasattr(module, "_hf_hook"):
-            raise ModelError(
-                f"{name or type(inner).__name__} has a hook of Accelerate's that moves weights between devices "
-                "(device_map, offload), so a chunk's gradient would go to copies. Load the model on one device"
-            )

@@ -8,10 +8,10 @@ evaluation, saving) is the model as it was.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,25 +22,37 @@ from transformers.utils.generic import ModelOutput
 from slimgrad import api
 from slimgrad.errors import InputError, ModelError
 from slimgrad.hf import mends
-from slimgrad.hf.batch import read_batch
+from slimgrad.hf.batch import read_batch, refuse_targets_at_padding
 from slimgrad.hf.certificate import Certificate
 from slimgrad.hf.head import IGNORED, linear_loss, loss_in_pieces
 from slimgrad.hf.rope import depends_on_length
 from slimgrad.hf.step import BaseStep
 from slimgrad.sweep.schedules.base import Schedule
 
+_PLACE = "_slimgrad"  # where a module keeps its forward of ours, also below what somebody has put around it since
+F_ = TypeVar("F_", bound="BaseForward | CausalForward")
+
 
 def install(inner: nn.Module, certificate: Certificate, *, chunk: int, schedule: Schedule | None = None) -> BaseStep:
     """Replace the forwards, whatever the certificate says; the step that they run."""
     step = mends.step_for(inner, certificate, chunk=chunk)
-    base = step.base
-    on_base = BaseForward(base, step, certificate, schedule)
-    if base is not inner and certificate.head is not None:
-        inner.forward = CausalForward(inner, on_base, certificate)
-        inner.__dict__["_replicate_for_data_parallel"] = _refuse_data_parallel
-    base.forward = on_base
-    base.__dict__["_replicate_for_data_parallel"] = _refuse_data_parallel
+    on_base = _put(BaseForward(step.base, step, certificate, schedule))
+    if step.base is not inner and certificate.head is not None:
+        _put(CausalForward(inner, on_base, certificate))
     return step
+
+
+def _put(forward: F_) -> F_:
+    """Put a forward on its module; one that somebody has wrapped since it was disabled goes on below the wrapper."""
+    module = forward.module
+    known = module.__dict__.get(_PLACE)
+    if known is None:
+        module.__dict__[_PLACE] = module.forward = forward
+    else:
+        vars(known).update(vars(forward), previous=known.previous)
+        forward = known
+    module.__dict__["_replicate_for_data_parallel"] = _refuse_data_parallel
+    return forward
 
 
 def _refuse_data_parallel(*args: Any) -> Any:
@@ -52,42 +64,27 @@ def _refuse_data_parallel(*args: Any) -> Any:
 
 def uninstall(inner: nn.Module) -> bool:
     """Put back what was there; whether anything was replaced."""
-    found = False
-    for module in inner.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, BaseForward | CausalForward):
-            if forward.previous is None:
-                del module.forward
-            else:
-                module.forward = forward.previous
-            found = True
+    found = enabled(inner)
+    for ours in found:
+        module = ours.module
+        if module.__dict__.get("forward") is not ours:  # somebody has wrapped it since: it stays, and passes on
+            ours.active = False
         else:
-            below = None if forward is None else enabled_below(forward)
-            if below is not None:  # somebody has wrapped it since: it stays, and passes on
-                below.active, found = False, True
-        module.__dict__.pop("_replicate_for_data_parallel", None)
-    return found
+            del module.__dict__[_PLACE]
+            del module.forward
+            if ours.previous is not None:
+                module.forward = ours.previous
+        del module.__dict__["_replicate_for_data_parallel"]
+    for module in inner.modules():
+        if isinstance(module.__dict__.get("forward"), mends.MendedForward):
+            del module.forward
+    return bool(found)
 
 
-def enabled_below(forward: Any) -> BaseForward | CausalForward | None:
-    """An active forward of ours, here or below what somebody (TRL, Accelerate) has wrapped around it."""
-    seen, todo = set[int](), [forward]
-    while todo:
-        one = todo.pop()
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
-        if isinstance(one, BaseForward | CausalForward):
-            if one.active:
-                return one
-            todo.append(one.previous)
-            continue
-        function = getattr(one, "__func__", one)
-        todo.append(getattr(function, "__wrapped__", None))
-        todo += [
-            cell.cell_contents for cell in getattr(function, "__closure__", None) or () if callable(cell.cell_contents)
-        ]
-    return None
+def enabled(model: nn.Module) -> list[BaseForward | CausalForward]:
+    """The forwards of ours that are active in `model`."""
+    found = [module.__dict__.get(_PLACE) for module in model.modules()]
+    return [one for one in found if one is not None and one.active]
 
 
 @contextmanager
@@ -95,8 +92,7 @@ def evaluated_in_chunks(model: nn.Module) -> Generator[None]:
     """Within the block an enabled model is swept in eval mode and without gradients as well: a loss over any length
     without its logits, or activations of the whole length.
     """
-    found = [enabled_below(module.__dict__.get("forward")) for module in model.modules()]
-    forwards = [one for one in found if one is not None and not one.evaluates]
+    forwards = [one for one in enabled(model) if not one.evaluates]
     try:
         for one in forwards:
             one.evaluates = True
@@ -125,6 +121,18 @@ class _Forward:
         whole = inspect.signature(type(self.module).forward)
         return whole.replace(parameters=list(whole.parameters.values())[1:])
 
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """As a function of the module, which is what Accelerate wraps and binds anew: it holds nothing, so that a copy
+        of the module runs its own.
+        """
+
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return module.__dict__[_PLACE](*args, **kwargs)
+
+        forward.__dict__["__signature__"] = inspect.signature(type(self.module).forward)
+        return forward
+
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The forward that was replaced."""
         if self.previous is not None:
@@ -137,7 +145,7 @@ class _Forward:
 
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name."""
-        return {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
+        return {**self.__signature__.bind_partial(*args).arguments, **kwargs}
 
 
 class BaseForward(_Forward):
@@ -154,23 +162,32 @@ class BaseForward(_Forward):
             return self.step.output_type(last_hidden_state=self.handed_out)
         if not self.is_training():
             return self.original(*args, **kwargs)
+        refuse_moved_weights(self.module)
         given, config, step = self.by_name(args, kwargs), self.step.config, self.step
         batch = read_batch(given, config, padding=self.certificate.counts_padding, takes_positions=step.takes_positions)
-        states: list[Any] | None = None
-        if depends_on_length(self.module):
-            states = []
-            for one in batch.sequences:
-                rows, time = next(iter(one.values())).shape[:2]
-                states.append({**step.initial_state(rows), "total": time})
         step.routes = bool(given.get("output_router_logits", getattr(config, "output_router_logits", False)))
-        outputs = api.outputs(step, batch.sequences, chunk=step.chunk, schedule=self.schedule, state=states)
-        self.sweeps += len(batch.sequences)
+        outputs = self.swept(batch.sequences)
         hidden = batch.assembled([one["last_hidden_state"] for one in outputs])
         found = step.output_type(last_hidden_state=hidden)
         if step.routes:
             each = zip(*[one["router_logits"] for one in outputs], strict=True)
             found["router_logits"] = tuple(batch.assembled(list(parts)).flatten(0, 1) for parts in each)
         return found
+
+    def swept(self, sequences: list[dict[str, Tensor]], chunk: int | None = None) -> list[Any]:
+        """What the step gives along each sequence."""
+        states: list[Any] | None = None
+        if depends_on_length(self.module):
+            states = []
+            for one in sequences:
+                rows, time = next(iter(one.values())).shape[:2]
+                states.append({**self.step.initial_state(rows), "total": time})
+        self.sweeps += len(sequences)
+        return api.outputs(self.step, sequences, chunk=chunk or self.step.chunk, schedule=self.schedule, state=states)
+
+
+class NoLogitsError(InputError, AttributeError):
+    """Logits that were never there; for `hasattr` they are absent."""
 
 
 @dataclass
@@ -179,14 +196,18 @@ class LossOutput(ModelOutput):
 
     Attributes:
         loss: 0-d.
+        past_key_values, hidden_states, attentions: None, as in transformers' own outputs.
     """
 
     loss: Tensor | None = None
+    past_key_values: None = None
+    hidden_states: None = None
+    attentions: None = None
 
     @property
     def logits(self) -> Any:
         """Not there: says so."""
-        raise InputError(
+        raise NoLogitsError(
             "the logits of a forward with labels are not kept in training, where the head is taken in pieces. Expected "
             "them from a forward in eval mode, without labels, or after slimgrad.hf.disable(model)"
         )
@@ -201,15 +222,13 @@ class CausalForward(_Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.by_name(args, kwargs)
-        labels = given.pop("labels", None)
-        if labels is None or not self.is_training() or not self._takes_pieces(given):
+        if not self.is_training() or not self._takes_pieces(given):
             return self.original(*args, **kwargs)
-        count, shifted = given.pop("num_items_in_batch", None), given.pop("shift_labels", None)
-        for name in ("logits_to_keep", "return_dict"):
-            given.pop(name, None)
-        hidden = self.base.module(**given).last_hidden_state
+        labels, count, shifted = (given.pop(name, None) for name in ("labels", "num_items_in_batch", "shift_labels"))
         if shifted is None:
             shifted = F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if self.certificate.shifts_labels else labels
+        refuse_targets_at_padding(shifted, given.get("attention_mask"))
+        hidden = self.base.module(**given).last_hidden_state
         shifted = shifted.to(hidden.device)
         total = self._summed(hidden, shifted)
         if count is None:
@@ -219,12 +238,20 @@ class CausalForward(_Forward):
         return LossOutput(loss=total / count)
 
     def _takes_pieces(self, given: dict[str, Any]) -> bool:
-        """Whether the loss is the cross-entropy that the certificate has seen; else the model computes its own."""
-        routed = given.get("output_router_logits", getattr(self.base.step.config, "output_router_logits", False))
+        """Whether the loss is the cross-entropy that the certificate has seen; else the model computes its own, and so
+        does a forward that was there before (Accelerate's autocast, TRL's own head).
+        """
+        if given.get("labels") is None or self.certificate.head == "whole" or self.previous is not None:
+            return False
+        if given.get("output_router_logits", getattr(self.base.step.config, "output_router_logits", False)):
+            return False
+        if given.pop("return_dict", None) is False or not cast(Any, self.module).config.return_dict:
+            return False
+        if not self.certificate.shifts_labels and {"num_items_in_batch", "shift_labels"} & given.keys():
+            return False  # a loss of the class' own, which looks at neither
+        keeps = given.pop("logits_to_keep", 0)
         named = getattr(self.module, "loss_function", ForCausalLMLoss)
-        return (
-            self.certificate.head != "whole" and not routed and named is ForCausalLMLoss and "ignore_index" not in given
-        )
+        return named is ForCausalLMLoss and "ignore_index" not in given and isinstance(keeps, int) and keeps == 0
 
     def _summed(self, hidden: Tensor, targets: Tensor) -> Tensor:
         head = cast(Any, self.module).get_output_embeddings()
@@ -246,6 +273,23 @@ class CausalForward(_Forward):
             self.base.handed_out = None
 
 
+def refuse_moved_weights(model: nn.Module) -> None:
+    """Raise where a module's weights are replaced while it runs, so that gradients of chunks would go to copies."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            raise ModelError(
+                f"{name or type(module).__name__} has a hook of Accelerate's that moves weights between devices "
+                "(device_map, offload), so a chunk's gradient would go to copies. Load the model on one device"
+            )
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            raise ModelError(
+                f"{name or type(module).__name__} is a unit of fully_shard, which replaces its weights when it runs: "
+                "in chunks their gradients would be lost. Expected the whole model as the only unit: "
+                "fully_shard(model), on a model with a head, without sharding the layers below it"
+            )
+
+
 def _is_plain(head: Any) -> bool:
     """Whether a head is a linear layer that nobody has put something around."""
-    return type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks  # pyright: ignore[reportPrivateUsage]
+    around = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
+    return type(head) is nn.Linear and not around and "forward" not in head.__dict__

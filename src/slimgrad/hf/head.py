@@ -71,7 +71,7 @@ class _LinearLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], PIECE):
             x, goal = hidden[start : start + PIECE].to(dtype), targets[start : start + PIECE]
             counts = goal != IGNORED
-            index = goal.clamp(min=0)[:, None]
+            index = goal.masked_fill(~counts, 0)[:, None]  # any other that is no token raises
             logits = F.linear(x, cast_weight, None if bias is None else bias.to(dtype))
             logits = logits.to(_wide(dtype))
             logits -= logits.logsumexp(-1, keepdim=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -19,9 +18,11 @@ from slimgrad.hf.cache import FunctionalCache, LayerKind, kinds_of
 from slimgrad.hf.rope import fixed_frequencies
 from slimgrad.states.rows import Growing
 from slimgrad.sweep import tree
+from slimgrad.sweep.random import seeded
 
 CACHE_NAMES = ("past_key_values", "cache_params")
 Around = Callable[[], AbstractContextManager[Any]]
+_MAKES_LEAVES = "make_inputs_require_grad"  # the name of that hook in transformers, PEFT and TRL
 _PROBED = 3  # tokens; more than one, since many models take another path for a single one
 
 
@@ -85,7 +86,7 @@ class BaseStep(nn.Module):
     def probe(self, device: torch.device) -> Any:
         """The model's own cache after a few tokens."""
         cache, tokens = self.new_cache(), torch.zeros(1, _PROBED, dtype=torch.long, device=device)
-        with torch.no_grad(), self.within_a_sweep(_PROBED):
+        with torch.no_grad(), seeded(0, device), self.within_a_sweep(_PROBED):
             found = self.original(input_ids=tokens, use_cache=True, **{self.cache_name: cache})
         self.output_type = type(found)
         if getattr(found, self.cache_name, None) is not cache:
@@ -154,14 +155,18 @@ class BaseStep(nn.Module):
     @contextmanager
     def within_a_sweep(self, total: int | None) -> Generator[None]:
         """How the model has to be set while a chunk runs."""
-        with ExitStack() as stack:
-            stack.enter_context(self.around())
-            attend = partial(attending, self._configs, self.attention)
-            stack.enter_context(attend())
-            stack.enter_context(_checkpointing_keeps_the_cache(self.base, attend))
-            stack.enter_context(_no_leaves_from_embeddings(self.base))
-            if total is not None:
-                stack.enter_context(fixed_frequencies(self.base, total))
+        with (
+            self._settings(total),
+            _checkpointing_keeps_the_cache(self.base, lambda: self._settings(total)),
+            _no_leaves_from_embeddings(self.base),
+        ):
+            yield
+
+    @contextmanager
+    def _settings(self, total: int | None) -> Generator[None]:
+        """What a layer needs that runs once more in a chunk's backward pass."""
+        frequencies = nullcontext() if total is None else fixed_frequencies(self.base, total)
+        with self.around(), attending(self._configs, self.attention), frequencies:
             yield
 
 
@@ -203,21 +208,26 @@ class _Checkpoint:
             with self._around():
                 return run(*args)
 
-        return self.checkpoint(run_within, *args)
+        options = getattr(self.checkpoint, "keywords", {})
+        # the same gradient; the reentrant way cannot say which gradients it was asked for
+        again = {"use_reentrant": False} if options.get("use_reentrant") else {}
+        return self.checkpoint(run_within, *args, **again)
 
 
 @contextmanager
 def _no_leaves_from_embeddings(base: nn.Module) -> Generator[None]:
     """`enable_input_require_grads` makes the embedding's output a leaf by a hook, which a sweep sets aside."""
-    get = cast("Callable[[], nn.Module | None] | None", getattr(base, "get_input_embeddings", None))
-    embedding = None if get is None else get()
-    hooks = {} if embedding is None else embedding._forward_hooks  # pyright: ignore[reportPrivateUsage]
-    aside = {
-        key: hook for key, hook in hooks.items() if "make_inputs_require_grads" in getattr(hook, "__qualname__", "")
-    }
+    aside: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    for module in base.modules():
+        hooks = cast("dict[int, Any]", module._forward_hooks)  # pyright: ignore[reportPrivateUsage]
+        kept = {k: x for k, x in hooks.items() if _MAKES_LEAVES not in getattr(x, "__qualname__", "")}
+        if len(kept) < len(hooks):
+            aside.append((hooks, dict(hooks)))
+            hooks.clear()
+            hooks.update(kept)
     try:
-        for key in aside:
-            del hooks[key]
         yield
     finally:
-        hooks.update(aside)
+        for hooks, before in aside:
+            hooks.clear()
+            hooks.update(before)
