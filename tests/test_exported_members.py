@@ -74,7 +74,7 @@ assert not torch.cuda.is_initialized()
 heavy = {"matplotlib", "rich", "typer", "transformers", "datasets", "triton", "urllib.request", "http.client"}
 print(sorted(name for name in loaded if name in heavy or name.split(".")[0] in heavy))
 print(sorted(name for name in loaded if name.startswith("slimgrad.") and name.split(".")[1] in
-             ("cli", "train", "data", "models", "hf", "experiments")))
+             ("cli", "bytelm", "data", "models", "hf", "paper")))
 """
 
 

@@ -19,16 +19,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import slimgrad
-from slimgrad.cli.curve import picture, sketch, smooth
-from slimgrad.cli.words import megabytes, printable
-from slimgrad.data import Corpus
-from slimgrad.errors import InputError
-from slimgrad.train import (
+from slimgrad.bytelm import (
     Cost,
-    Interrupted,
     Row,
     RunFolder,
-    Stop,
     Task,
     TrainConfig,
     Trained,
@@ -41,7 +35,12 @@ from slimgrad.train import (
     train,
     validate,
 )
-from slimgrad.train.memory import peak_resident_bytes
+from slimgrad.bytelm.memory import peak_resident_bytes
+from slimgrad.cli.curve import picture, sketch, smooth
+from slimgrad.cli.words import megabytes, printable
+from slimgrad.data import Corpus
+from slimgrad.errors import InputError
+from slimgrad.runs.stopping import Interrupted, Stop
 
 SAMPLE_BYTES = 600
 PROMPT_BYTES = 64
