@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import slimgrad
 from slimgrad.bytelm import open_model
-from slimgrad.cli import app
+from slimgrad.cli.app import app
 from tests.cli.running import FOX, snapshots, succeed
 
 

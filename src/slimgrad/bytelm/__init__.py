@@ -1,5 +1,9 @@
 """Training a Performer on bytes: a configuration, a loop that survives, evaluation, generation."""
 
+from slimgrad.extras import require_extra
+
+require_extra("train", "slimgrad.bytelm")
+
 from slimgrad.bytelm.config import TrainConfig, config_for, with_settings
 from slimgrad.bytelm.device import pick_device
 from slimgrad.bytelm.evaluation import CHUNKS_IN_A_PIECE, Evaluated, evaluate_stream, read_pieces

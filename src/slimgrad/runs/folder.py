@@ -18,16 +18,19 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Generic, Self
+from typing import TYPE_CHECKING, Any, Generic, Self
 
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
 from slimgrad.errors import InputError
+from slimgrad.extras import require_extra
 from slimgrad.runs.files import PARTIAL, write_atomically
 from slimgrad.runs.journal import Journal, R
 from slimgrad.runs.snapshot import DIVERGED, RECORD, SUPERSEDED, Snapshot, list_snapshots, read_snapshot, save_snapshot
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 CONFIG, METRICS, SNAPSHOTS, _LOCK = "config.json", "metrics.jsonl", "snapshots", ".lock"
 
@@ -242,6 +245,9 @@ def _intact(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def _locked(path: Path) -> FileLock:
+    require_extra("train", "the folder of a run", "filelock")
+    from filelock import FileLock, Timeout
+
     lock = FileLock(path / _LOCK)
     try:
         lock.acquire(timeout=0)
