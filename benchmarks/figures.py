@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import RESULTS
-from slimgrad.experiments import report
+from slimgrad.paper import report
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"

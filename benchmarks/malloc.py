@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Case, count_live_bytes, save
-from slimgrad.experiments.programme import run_points
-from slimgrad.experiments.tradeoff import tradeoff_points
-from slimgrad.train import Stop
+from slimgrad.paper.programme import run_points
+from slimgrad.paper.tradeoff import tradeoff_points
+from slimgrad.runs.stopping import Stop
 
 POINT = "III blocked chunked 256 default"
 SETTINGS: list[dict[str, str]] = [

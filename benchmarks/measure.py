@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import slimgrad as sg
+from slimgrad.bytelm.gradient import layers_computed_twice
 from slimgrad.call.losses import cross_entropy_sum
-from slimgrad.experiments.peak import MALLOC, describe_machine, measure_peak
 from slimgrad.models import Performer, PerformerConfig, get_preset
-from slimgrad.train.gradient import layers_computed_twice
+from slimgrad.paper.peak import MALLOC, describe_machine, measure_peak
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = "small"

@@ -26,10 +26,10 @@ import torch
 
 from benchmarks.figures import at_largest
 from benchmarks.measure import RESULTS, save
-from slimgrad.experiments.compatibility import compatibility_points
-from slimgrad.experiments.regimes import HALF, train_regime
-from slimgrad.train import Row, RunFolder, TrainConfig, loop, train
-from slimgrad.train.gradient import add_gradient
+from slimgrad.bytelm import Row, RunFolder, TrainConfig, loop, train
+from slimgrad.bytelm.gradient import add_gradient
+from slimgrad.paper.compatibility import compatibility_points
+from slimgrad.paper.regimes import HALF, train_regime
 
 CHUNKED, PLAIN = "copying chunked-128-seed0", "copying plain-seed0"
 STEPS = 300  # from half-way on

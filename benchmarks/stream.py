@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import slimgrad as sg
 from benchmarks.measure import LiveBytes, save
-from slimgrad.experiments.peak import MALLOC, measure_peak
+from slimgrad.paper.peak import MALLOC, measure_peak
 
 CHUNK = 65_536
 SHORT = 256  # tokens of a chunk where bytes for each are told: so many chunks that one byte more would show

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import save
+from slimgrad.bytelm.config import TrainConfig
+from slimgrad.bytelm.folder import read_record, read_rows
+from slimgrad.bytelm.row import Row
 from slimgrad.models import Performer, get_preset
-from slimgrad.train.config import TrainConfig
-from slimgrad.train.folder import read_record, read_rows
-from slimgrad.train.row import Row
 
 METHODS = ("plain", "checkpoint", "chunked")
 # the paper's layers (square features, normaliser, one token embedded, layer norm on outputs) in the modern preset's

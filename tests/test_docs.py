@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import pytest
 import typer
 
-from slimgrad.cli import app
+from slimgrad.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))

@@ -71,10 +71,11 @@ before = set(sys.modules)
 import slimgrad
 loaded = set(sys.modules) - before
 assert not torch.cuda.is_initialized()
-heavy = {"matplotlib", "rich", "typer", "transformers", "datasets", "triton", "urllib.request", "http.client"}
+from slimgrad.extras import EXTRAS
+heavy = {"transformers", "datasets", "triton", "urllib.request", "http.client", *sum(EXTRAS.values(), ())}
 print(sorted(name for name in loaded if name in heavy or name.split(".")[0] in heavy))
 print(sorted(name for name in loaded if name.startswith("slimgrad.") and name.split(".")[1] in
-             ("cli", "train", "data", "models", "hf", "experiments")))
+             ("cli", "bytelm", "data", "models", "hf", "paper")))
 """
 
 

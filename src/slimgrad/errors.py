@@ -4,6 +4,7 @@
 Exception
 └── SlimgradError
     ├── InputError(ValueError)       what the caller passed does not fit: shape, dtype, option, file
+    │   └── MissingExtraError(ImportError)  what was asked for needs packages that are not installed
     ├── ModelError(TypeError)        the model does not follow the protocol of a causal step
     ├── SweepError(RuntimeError)     the sweep cannot go on and stay exact
     │   ├── StateMismatchError       a rebuilt state differs in bits from the one the forward sweep saw
@@ -25,6 +26,10 @@ class SlimgradError(Exception):
 
 class InputError(SlimgradError, ValueError):
     """What the caller passed does not fit."""
+
+
+class MissingExtraError(InputError, ImportError):
+    """What was asked for needs packages that `pip install slimgrad` leaves out, and that are not installed."""
 
 
 class ModelError(SlimgradError, TypeError):

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slimgrad as sg
+from slimgrad.bytelm.loop import loss_and_accuracy
 from slimgrad.call import losses
 from slimgrad.call.losses import count_targets, cross_entropy_sum
-from slimgrad.train.loop import loss_and_accuracy
 from tests.toy_models import GatedRecurrence
 
 TOKENS = torch.arange(2 * 40).reshape(2, 40) * 7 % 13

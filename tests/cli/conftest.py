@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slimgrad.train import Cost
+from slimgrad.bytelm import Cost
 from tests.cli.running import FOX, TINY, succeed
 
 

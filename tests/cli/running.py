@@ -8,7 +8,7 @@ from typing import Any
 
 from typer.testing import CliRunner, Result
 
-from slimgrad.cli import app
+from slimgrad.cli.app import app
 
 FOX = b"the quick brown fox jumps over the lazy dog. " * 40
 SHAPE = ("--set", "model.layers=1", "--set", "model.width=16", "--set", "model.heads=2")

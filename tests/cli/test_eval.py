@@ -10,8 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 import slimgrad
-from slimgrad.cli import app
-from slimgrad.train import open_model
+from slimgrad.bytelm import open_model
+from slimgrad.cli.app import app
 from tests.cli.running import FOX, snapshots, succeed
 
 

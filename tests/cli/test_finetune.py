@@ -92,7 +92,7 @@ def test_memory_that_runs_out_is_one_message_and_the_run_can_go_on(
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
 
     with monkeypatch.context() as patch:
-        patch.setattr("slimgrad.train.loop.add_gradient", refused)
+        patch.setattr("slimgrad.bytelm.loop.add_gradient", refused)
         message = refuse(1, "finetune", trained, sphinx, "--out", tmp_path / "tuned", "--steps", 2)
     assert "memory ran out. A smaller --chunk" in message
     succeed("train", "--resume", tmp_path / "tuned")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from slimgrad.bytelm import generate, open_model
 from slimgrad.cli.generating import run_generation
-from slimgrad.train import generate, open_model
 from tests.cli.running import snapshots, succeed
 
 PROMPT = b"the quick "

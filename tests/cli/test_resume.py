@@ -163,7 +163,7 @@ def test_metrics_that_are_spoilt_are_refused_and_left_as_they_are(mine: Path) ->
 
 
 def test_a_run_that_another_process_works_on_is_refused(mine: Path) -> None:
-    from slimgrad.train import RunFolder
+    from slimgrad.bytelm import RunFolder
 
     with RunFolder.reopen(mine):
         before = everything(mine)
@@ -173,7 +173,7 @@ def test_a_run_that_another_process_works_on_is_refused(mine: Path) -> None:
 
 
 def test_where_the_computer_differs_the_run_says_that_bits_may_too(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from slimgrad.train import describe_environment
+    from slimgrad.runs.environment import describe_environment
 
     elsewhere = {**describe_environment(), "machine": "abacus"}
     monkeypatch.setattr("slimgrad.cli.training.describe_environment", lambda: elsewhere)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from slimgrad.train import read_snapshot
+from slimgrad.runs.snapshot import read_snapshot
 from tests.cli.running import TINY, everything, measured, refuse, rows, run, snapshots, succeed
 
 PROGRAM = (sys.executable, "-c", "from slimgrad.cli import main; main()")
@@ -86,7 +86,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_snapshot
 def test_a_loss_that_is_no_number_in_the_first_step_says_so(
     fox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slimgrad.train.loop.add_gradient", lambda *_, **__: float("nan"))
+    monkeypatch.setattr("slimgrad.bytelm.loop.add_gradient", lambda *_, **__: float("nan"))
     message = refuse(1, "train", fox, *TINY, "--out", tmp_path / "run")
     assert "step 1: expected a finite loss and gradient, got loss nan" in message
     assert "There is no good snapshot before it" in message
@@ -99,7 +99,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_later(fox: Path, trained
     out = tmp_path / "run"
     limited = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "from slimgrad.train import folder; save = folder.save_snapshot\n"
+        "from slimgrad.runs import folder; save = folder.save_snapshot\n"
         "def limit(*args, step, **named):\n"
         "    if step == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
         "    return save(*args, step=step, **named)\n"

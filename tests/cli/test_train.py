@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from slimgrad.bytelm import Cost, open_model
 from slimgrad.cli.curve import picture
 from slimgrad.cli.session import SAMPLE_BYTES
-from slimgrad.train import Cost, open_model
 from tests.cli.running import (
     FOX,
     LENGTH,

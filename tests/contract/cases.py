@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from slimgrad.experiments.kinds import Cached, Gated, Windowed
+from slimgrad.models import Cached, Gated, Windowed
 from tests.toy_models import AllKinds, CachedAttention, GatedRecurrence, LinearAttention, Signals
 
 LENGTH = 131

@@ -305,8 +305,7 @@ def test_what_another_finished_meanwhile_is_not_done_again(
         (cache / "enwik8").write_bytes(BODY)
         yield
 
-    # by name: `slimgrad.data.fetch` is the function
-    monkeypatch.setattr(sys.modules["slimgrad.data.fetch"], "FileLock", waited_for_another)
+    monkeypatch.setattr("filelock.FileLock", waited_for_another)
     assert fetch("enwik8") == [cache / "enwik8"]
     assert server.requests == 0
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from slimgrad.cli.app import app
+import sys
 
-__all__ = ["app", "main"]
+from slimgrad.errors import MissingExtraError
+from slimgrad.extras import require_extra
+
+__all__ = ["main"]
 
 
 def main() -> None:
     """The entry point `slimgrad`."""
+    try:
+        require_extra("train", "the command line")
+    except MissingExtraError as error:
+        print(f"slimgrad: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    from slimgrad.cli.app import app
+
     app()

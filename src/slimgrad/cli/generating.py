@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from slimgrad.bytelm import open_model, pick_device, stream
 from slimgrad.cli.words import printable
 from slimgrad.errors import InputError
-from slimgrad.train import open_model, pick_device, stream
 
 
 def run_generation(

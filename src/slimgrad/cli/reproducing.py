@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from slimgrad.errors import InputError, RunError
-from slimgrad.experiments.catalogue import NAMES, all_points
-from slimgrad.experiments.programme import Done, Point, points_left, rows_so_far, run_points
-from slimgrad.experiments.regimes import load_text
-from slimgrad.experiments.report import write_report
+from slimgrad.paper.catalogue import NAMES, all_points
+from slimgrad.paper.programme import Done, Point, points_left, rows_so_far, run_points
+from slimgrad.paper.regimes import load_text
+from slimgrad.paper.report import write_report
 from slimgrad.runs.files import write_atomically
-from slimgrad.train import Interrupted, Stop
+from slimgrad.runs.stopping import Interrupted, Stop
 
 PROGRAMME = "programme.json"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import math
@@ -19,16 +18,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import slimgrad
-from slimgrad.cli.curve import picture, sketch, smooth
-from slimgrad.cli.words import megabytes, printable
-from slimgrad.data import Corpus
-from slimgrad.errors import InputError
-from slimgrad.train import (
+from slimgrad.bytelm import (
     Cost,
-    Interrupted,
     Row,
     RunFolder,
-    Stop,
     Task,
     TrainConfig,
     Trained,
@@ -41,7 +34,11 @@ from slimgrad.train import (
     train,
     validate,
 )
-from slimgrad.train.memory import peak_resident_bytes
+from slimgrad.bytelm.memory import peak_resident_bytes
+from slimgrad.cli.curve import picture, sketch, smooth
+from slimgrad.cli.words import megabytes, printable
+from slimgrad.data import Corpus
+from slimgrad.runs.stopping import Interrupted, Stop
 
 SAMPLE_BYTES = 600
 PROMPT_BYTES = 64
@@ -238,20 +235,10 @@ def choose_prompt(text: bytes) -> bytes:
     return max(pieces, key=lambda piece: sum(chr(byte).isalpha() for byte in piece if byte < 128))
 
 
-def require_tensorboard() -> None:
-    """Raise `InputError` where the extra is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise InputError(
-            "--tensorboard: expected the package tensorboard, which is not installed. Run: pip install "
-            "'slimgrad[tensorboard]'"
-        )
-
-
 class TensorBoard:
     """Rows as TensorBoard scalars, in the run's folder `tensorboard`."""
 
     def __init__(self, path: Path, after_step: int) -> None:
-        require_tensorboard()
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(path), purge_step=after_step + 1)

@@ -12,30 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimgrad.cli.curve import picture
-from slimgrad.cli.session import Session, describe, require_tensorboard
-from slimgrad.cli.words import parse_bytes
-from slimgrad.data import KNOWN, Corpus, Documents, load_corpus
-from slimgrad.errors import InputError
-from slimgrad.models import PerformerConfig, get_preset
-from slimgrad.train import (
+from slimgrad.bytelm import (
     RunFolder,
     TrainConfig,
     build_model,
     config_for,
-    describe_environment,
     limit_memory,
     make_task,
     open_model,
     pick_device,
-    require_new,
-    require_shape,
     train,
     with_settings,
 )
-from slimgrad.train.folder import read_record, split_snapshot_path
-from slimgrad.train.memory import out_of_memory
-from slimgrad.train.schedules import require_folder
+from slimgrad.bytelm.folder import read_record
+from slimgrad.bytelm.memory import out_of_memory
+from slimgrad.bytelm.model_file import require_shape
+from slimgrad.bytelm.schedules import require_folder
+from slimgrad.cli.curve import picture
+from slimgrad.cli.session import Session, describe
+from slimgrad.cli.words import parse_bytes
+from slimgrad.data import KNOWN, Corpus, Documents, load_corpus
+from slimgrad.errors import InputError
+from slimgrad.extras import require_extra
+from slimgrad.models import PerformerConfig, get_preset
+from slimgrad.runs.environment import describe_environment
+from slimgrad.runs.folder import require_new, split_snapshot_path
 
 COPYING = "copying"
 DEFAULT_PRESET = "modern"
@@ -132,7 +133,7 @@ def _begin(
     task = make_task(config, corpus)
     require_folder(config.schedule)
     if options.tensorboard:
-        require_tensorboard()
+        require_extra("tensorboard", "--tensorboard")
     if options.out is not None:
         require_new(options.out)
     settings = describe(config, corpus, origin)
@@ -167,7 +168,7 @@ def _resume(options: Options) -> None:
     pick_device(config.device)
     require_folder(config.schedule)
     if options.tensorboard:
-        require_tensorboard()
+        require_extra("tensorboard", "--tensorboard")
     source, data_dir = _where(record, config, options)
     corpus = _load(source, config, data_dir)
     _require_same(record.get("corpus"), _identify(corpus, options), source)

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from slimgrad.errors import InputError
+from slimgrad.extras import require_extra
 
 if TYPE_CHECKING:
     from requests import RequestException, Response
@@ -109,6 +108,7 @@ def fetch(name: str, *, data_dir: Path | None = None) -> list[Path]:
     """
     if name not in REGISTRY:
         raise InputError(f"expected a corpus to fetch, one of {', '.join(REGISTRY)}, got {name!r}")
+    require_extra("train", f"the corpus {name}", "filelock", "pooch", "requests", "tqdm")
     files = REGISTRY[name]
     return [_from_cache(file) for file in files] if data_dir is None else _from_folder(files, data_dir)
 
@@ -174,6 +174,8 @@ def _cache() -> Path:
 @contextmanager
 def _writing(path: Path) -> Generator[None]:
     """Be the only process that writes this file into the cache."""
+    from filelock import FileLock
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):

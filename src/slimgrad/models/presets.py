@@ -31,7 +31,7 @@ class Preset:
         chunk: a memory chunk that suits it.
         steps: training steps, one sequence each.
         first_length: tokens of the first training sequences, from where the length doubles; 0: all have `length`.
-        task, windows, warmup, decay, weight_decay, betas, clip_norm: as in `train.TrainConfig`.
+        task, windows, warmup, decay, weight_decay, betas, clip_norm: as in `bytelm.TrainConfig`.
     """
 
     model: PerformerConfig

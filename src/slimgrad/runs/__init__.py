@@ -1,1 +1,1 @@
-"""What survives a kill: files that are whole or absent."""
+"""What survives a kill: files that are whole or absent, snapshots of any model and optimiser, journals, run folders."""

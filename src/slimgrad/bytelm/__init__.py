@@ -1,0 +1,43 @@
+"""Training a Performer on bytes: a configuration, a loop that survives, evaluation, generation."""
+
+from slimgrad.extras import require_extra
+
+require_extra("train", "slimgrad.bytelm")
+
+from slimgrad.bytelm.config import TrainConfig, config_for, with_settings
+from slimgrad.bytelm.device import pick_device
+from slimgrad.bytelm.evaluation import CHUNKS_IN_A_PIECE, Evaluated, evaluate_stream, read_pieces
+from slimgrad.bytelm.folder import RunFolder, open_model
+from slimgrad.bytelm.loop import Trained, build_model, plan_schedule, train, validate
+from slimgrad.bytelm.memory import Cost, limit_memory, measure_gradient
+from slimgrad.bytelm.row import Row
+from slimgrad.bytelm.sample import generate, stream
+from slimgrad.bytelm.schedules import parse_schedule
+from slimgrad.bytelm.task import Task, make_task
+
+__all__ = [
+    "CHUNKS_IN_A_PIECE",
+    "Cost",
+    "Evaluated",
+    "Row",
+    "RunFolder",
+    "Task",
+    "TrainConfig",
+    "Trained",
+    "build_model",
+    "config_for",
+    "evaluate_stream",
+    "generate",
+    "limit_memory",
+    "make_task",
+    "measure_gradient",
+    "open_model",
+    "parse_schedule",
+    "pick_device",
+    "plan_schedule",
+    "read_pieces",
+    "stream",
+    "train",
+    "validate",
+    "with_settings",
+]
