@@ -3,11 +3,11 @@
 import slimgrad as sg
 sg.hf.enable(model, chunk=4096)    # then Trainer, SFTTrainer, DPOTrainer, Accelerate or a loop, as before
 """
+# ruff: noqa: E402  # what is missing is said before it is imported
 
-try:
-    import transformers  # noqa: F401  # pyright: ignore[reportUnusedImport]
-except ImportError as error:
-    raise ImportError("slimgrad.hf needs transformers: pip install 'slimgrad[hf]'") from error
+from slimgrad.extras import require_extra
+
+require_extra("hf", "slimgrad.hf", "transformers")
 
 from slimgrad.hf.certificate import Certificate
 from slimgrad.hf.certifying import certify
