@@ -77,7 +77,7 @@ def test_a_chunk_waits_once(name: str, schedule: sg.Schedule, host: bool, monkey
     advances = [n for kind, start, n in rows if kind is Kind.ADVANCE and start >= 4 * CHUNK]
     reverses = [n for kind, start, n in rows if kind is Kind.REVERSE and start >= 4 * CHUNK]
     kept = [n for kind, _, n in rows if kind in (Kind.STORE, Kind.LOAD, Kind.FREE)]
-    print(f"{name}: advance {advances}, reverse {reverses}, store and load {kept}")
+    print(f"{name} {schedule}: advance {[*set(advances)]}, reverse {[*set(reverses)]}, store and load {[*set(kept)]}")
     assert len(reverses) == 13
     assert max(advances) <= 1
     assert max(reverses[1:]) <= 1  # in the first one a model with an `advance` runs its forward for the first time
