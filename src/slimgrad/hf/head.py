@@ -62,7 +62,7 @@ class _LinearLoss(torch.autograd.Function):
     def forward(ctx: FunctionCtx, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         context = cast(Any, ctx)
         wants_hidden, _, wants_weight, wants_bias = cast("tuple[bool, ...]", context.needs_input_grad)
-        dtype = F.linear(hidden[:0], weight, bias).dtype  # what autocast makes of it
+        dtype = F.linear(hidden[:0].to(weight.dtype), weight, bias).dtype  # what autocast makes of it
         cast_weight = weight.to(dtype)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if wants_weight else None

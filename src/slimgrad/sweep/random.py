@@ -32,7 +32,8 @@ def in_turn(function: Callable[P, T]) -> Callable[P, T]:
 def draw_seed() -> int:
     """One 64-bit draw from torch's global generator: so a seeded program stays reproducible."""
     with _turn:
-        return int(torch.randint(-(1 << 63), (1 << 63) - 1, ()).item()) & _MASK
+        drawn = torch.randint(-(1 << 63), (1 << 63) - 1, (), device="cpu", generator=torch.default_generator)
+        return int(drawn.item()) & _MASK
 
 
 def derive_seed(seed: int, position: int) -> int:
