@@ -21,6 +21,8 @@ _IGNORED = (
     "use_cache",
     "return_dict",
     "labels",  # the head's, handed through by models of several parts
+    "shift_labels",
+    "ignore_index",
     "logits_to_keep",
     "num_items_in_batch",
     "cache_position",
@@ -64,7 +66,7 @@ class Batch:
         self.sequences = [_at_least_two(one) for one in self.sequences]
 
     def assembled(self, outputs: list[Tensor]) -> Tensor:
-        """One output's parts as `[rows, time, ...]`, padding zero."""
+        """One output's parts as `[rows, time, ...]`, ones at padding."""
         outputs = [x[:, :length] for x, length in zip(outputs, self._lengths, strict=True)]
         if self.is_packed:
             whole = torch.cat([x.flatten(0, 1) for x in outputs])
@@ -102,6 +104,11 @@ def read_batch(given: dict[str, Any], config: Any, *, padding: int | None, takes
         raise InputError("expected input_ids or inputs_embeds, one of them")
     tokens = tensors["inputs_embeds"] if "inputs_embeds" in tensors else tensors["input_ids"]
     rows, time = tokens.shape[:2]
+    if "token_type_ids" in tensors and not hasattr(config, "type_vocab_size") and bool(tensors["token_type_ids"].any()):
+        raise InputError(
+            "token_type_ids other than zero: in several models such tokens look ahead (images, a prefix), which chunks "
+            "do not. Leave token_type_ids out, or slimgrad.hf.disable(model) for this call"
+        )
     positions = tensors.pop("position_ids", None)
     if positions is not None:
         if positions.dim() != 2 or positions.shape[1] != time or positions.shape[0] not in (1, rows):
@@ -182,18 +189,27 @@ def _document_starts(
     given: dict[str, Any], positions: Tensor | None, mask: Tensor | None, rows: int, time: int
 ) -> Tensor | None:
     """`[rows, time]`, True where a document starts, if a row holds more than one; else None."""
-    device = given["input_ids"].device if "input_ids" in given else given["inputs_embeds"].device
+    device = given["input_ids" if "input_ids" in given else "inputs_embeds"].device
     starts = torch.zeros(rows, time, dtype=torch.bool, device=device)
+    named = ""
     if positions is not None:
         jumps = positions[:, 1:] != positions[:, :-1] + 1
-        starts[:, 1:] |= jumps if mask is None else jumps & mask[:, 1:]
-    if "seq_idx" in given:
-        which = given["seq_idx"].view(rows, time)
-        starts[:, 1:] |= which[:, 1:] != which[:, :-1]
-    for name in _LENGTHS:
-        if name in given:
+        starts[:, 1:] = jumps if mask is None else jumps & mask[:, 1:]
+        named = "position_ids"
+    for name in (*_LENGTHS, "seq_idx"):
+        if name not in given:
+            continue
+        found = torch.zeros_like(starts)
+        if name == "seq_idx":
+            which = given[name].to(device).view(rows, time)
+            found[:, 1:] = which[:, 1:] != which[:, :-1]
+        else:
             ends = given[name].to(device).long()
-            starts.view(-1)[ends[ends < rows * time]] = True
+            found.view(-1)[ends[ends < rows * time]] = True
+        found[:, 0] = False
+        if named and not torch.equal(found, starts):
+            raise InputError(f"{name} names other documents than {named}; expected them to agree")
+        starts, named = found, name
     if not bool(starts[:, 1:].any()):
         return None
     if given.get("attention_mask") is not None:
@@ -206,6 +222,11 @@ def _document_starts(
     return starts
 
 
+def padding_token(config: Any) -> int | None:
+    """The model's padding token."""
+    return getattr(config.get_text_config(), "pad_token_id", None)
+
+
 def _refuse_padding_inside(tokens: Tensor, padding: int) -> None:
     pads = tokens == padding
     if bool((pads[:, :-1] & ~pads[:, 1:]).any()):
@@ -216,14 +237,14 @@ def _refuse_padding_inside(tokens: Tensor, padding: int) -> None:
 
 
 class _RealTokens(torch.autograd.Function):
-    """Zeros at padding; a gradient that arrives there is refused, since padding is computed otherwise than in a whole
-    pass.
+    """Ones at padding; a gradient that arrives there is refused, since padding is computed otherwise than in a whole
+    pass. Not zeros, where many a loss (a sum of squares) has no gradient and would go unseen.
     """
 
     @staticmethod
     def forward(ctx: FunctionCtx, outputs: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(mask)
-        return outputs.masked_fill(~mask.view(*mask.shape, *[1] * (outputs.dim() - 2)), 0)
+        return outputs.masked_fill(~mask.view(*mask.shape, *[1] * (outputs.dim() - 2)), 1)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor, None]:

@@ -24,7 +24,7 @@ class Certificate:
         head: how the loss of the head is taken: "linear", "pieces", "whole", or None without a head.
         shifts_labels: whether the model's own loss predicts the next token from labels (or the label in place).
         counts_from_chunk: the model counts positions from the start of what it is given.
-        counts_padding: the padding token, where positions are counted by it; None elsewhere.
+        counts_padding: whether the padding token moves the positions of what comes after it.
         states: the kinds of state found.
         attention: the attention implementation of the whole pass that it was compared with.
         chunk_attention: that of chunks, where it is another (`slimgrad.hf.attention`); None: the same.
@@ -39,7 +39,7 @@ class Certificate:
     head: str | None = None
     shifts_labels: bool = True
     counts_from_chunk: bool = False
-    counts_padding: int | None = None
+    counts_padding: bool = False
     states: list[str] = field(default_factory=list[str])
     attention: str = ""
     chunk_attention: str | None = None

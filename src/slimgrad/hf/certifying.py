@@ -338,17 +338,17 @@ def _states(model: Any, known: Certificate) -> list[str]:
     return step.state_kinds()
 
 
-def _counted_padding(model: Any, known: Certificate) -> int | None:
+def _counted_padding(model: Any, known: Certificate) -> bool:
     """Whether the padding token, in the middle of a row, moves what comes after it, as it does not in chunks."""
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     if not isinstance(pad, int) or pad < 0:
-        return None
+        return False
     tokens = torch.randint(3, 50, (1, 20))
     tokens[:, 5] = pad
     step = mends.step_for(model, known, chunk=CHUNKS[0])
     if depends_on_length(step.base):
-        return None
+        return False
     with torch.no_grad():
         whole = step.original(input_ids=tokens, use_cache=False).last_hidden_state
         parts = slimgrad.outputs(step, {"input_ids": tokens}, chunk=7)["last_hidden_state"]
-    return pad if (whole - parts).norm() > TOLERANCE * whole.norm() else None
+    return bool((whole - parts).norm() > TOLERANCE * whole.norm())

@@ -61,7 +61,7 @@ def enable(
     step = install(inner, certificate, chunk=chunk, schedule=schedule)
     if check:
         try:
-            require_same_outputs(inner, step, certificate)
+            require_same_outputs(inner, step)
         except BaseException:
             uninstall(inner)
             raise

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from slimgrad import api
 from slimgrad.errors import ModelError
 from slimgrad.hf.attention import attending, configs_of
-from slimgrad.hf.certificate import Certificate
+from slimgrad.hf.batch import padding_token
 from slimgrad.hf.rope import depends_on_length
 from slimgrad.hf.step import BaseStep
 from slimgrad.sweep.random import seeded
@@ -27,7 +27,7 @@ _TIMES_YARDSTICK = 10
 _FLOORS = {torch.float16: 4, torch.bfloat16: 4}  # in units of the dtype's own rounding; else 30 of float32's
 
 
-def require_same_outputs(inner: nn.Module, step: BaseStep, certificate: Certificate) -> None:
+def require_same_outputs(inner: nn.Module, step: BaseStep) -> None:
     """Compare the base's hidden states whole and in chunks, on the model's own weights.
 
     Modes, generators and gradients are as they were.
@@ -35,7 +35,6 @@ def require_same_outputs(inner: nn.Module, step: BaseStep, certificate: Certific
     Args:
         inner: the model.
         step: its base as a causal step, as it is trained.
-        certificate: of its class.
 
     Raises:
         ModelError: they differ by more than rounding.
@@ -50,7 +49,7 @@ def require_same_outputs(inner: nn.Module, step: BaseStep, certificate: Certific
         )
     device = weights[0].device
     with torch.no_grad(), seeded(0, device), _evaluating(step.base):
-        inputs = {"input_ids": _tokens(step, certificate, device)}
+        inputs = {"input_ids": _tokens(step, device)}
         own, *others = [_whole(step, inputs, way) for way in _ways(inner)]
         state = None
         if depends_on_length(step.base):
@@ -79,11 +78,12 @@ def _evaluating(base: nn.Module) -> Generator[None]:
             module.training = mode
 
 
-def _tokens(step: BaseStep, certificate: Certificate, device: torch.device) -> Tensor:
+def _tokens(step: BaseStep, device: torch.device) -> Tensor:
+    """Random ones, none of which is padding, by which some models count positions."""
     config = step.config.get_text_config()
     most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or _TOKENS
     tokens = torch.randint(config.vocab_size, (1, min(_TOKENS, most)), device=device)
-    padding = certificate.counts_padding
+    padding = padding_token(config)
     return tokens if padding is None else tokens.masked_fill(tokens == padding, (padding + 1) % config.vocab_size)
 
 
