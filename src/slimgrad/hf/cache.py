@@ -48,9 +48,9 @@ class LayerKind(NamedTuple):
 
     def names(self) -> list[str]:
         """The kinds of its states, in words."""
-        found = [name for name in ("convolution", "recurrence", "indexer") if self.empty.get(name)]
+        found = [name for name in ("convolution", "recurrence", "indexer", "compressed") if self.empty.get(name)]
         if "keys" in self.empty:
-            is_window = "sliding_window" in self.options
+            is_window = issubclass(self.make, hf.DynamicSlidingWindowLayer)
             found.append("window" if is_window else "keys and values")
         return found
 
@@ -251,10 +251,11 @@ def kinds_of(cache: hf.Cache, chunk: int) -> list[LayerKind]:
     Raises:
         ModelError: a layer of a kind that is not known here.
     """
-    return [_kind_of(layer, chunk) for layer in cast("list[Any]", cache.layers)]
+    return [kind_of(layer, chunk) for layer in cast("list[Any]", cache.layers)]
 
 
-def _kind_of(layer: Any, chunk: int) -> LayerKind:
+def kind_of(layer: Any, chunk: int) -> LayerKind:
+    """The same for one layer."""
     kind = type(layer)
     options = {} if getattr(layer, "number_of_states", None) is None else {"number_of_states": layer.number_of_states}
     if kind is hf.DummyLayer:

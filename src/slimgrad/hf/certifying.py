@@ -170,7 +170,7 @@ def _small(kind: type[Any], config: Any, attention: str) -> nn.Module:
         except Exception as error:  # noqa: BLE001  # whatever a class raises for options that it does not know
             errors.append(error)
     else:
-        raise errors[0]
+        raise errors[-1]
     model = model.double().train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -253,7 +253,9 @@ def _errors(plain: _Comparison, known: Certificate) -> list[float]:
     """Over all chunks; an attention function that lacks what the class wants is as wrong as can be."""
     try:
         return [_error(plain, known, chunk) for chunk in CHUNKS[:-1]]
-    except NotImplementedError:
+    except Exception:
+        if known.chunk_attention is None:
+            raise
         plain.model.zero_grad(set_to_none=True)
         return [float("inf")]
 

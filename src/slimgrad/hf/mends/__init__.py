@@ -28,6 +28,8 @@ _STEPS = {
     "xlstm": "xlstm.XlstmStep",
     "gpt_neox_japanese": "contiguous.ContiguousStep",
     "deepseek_v4": "deepseek.DeepseekStep",
+    "mllama_text_model": "mllama.MllamaStep",
+    "hrm_text": "without_gradients.CyclesStep",
 }
 _OWN_CACHES = ("minimax", "rwkv", "xlstm")
 
@@ -36,9 +38,7 @@ def step_for(inner: nn.Module, known: Certificate, *, chunk: int) -> BaseStep:
     """The base of `inner` as a causal step, mended where its type needs it, and run as the certificate says."""
     base, config = inner.get_submodule(known.base), cast(Any, inner).config
     kind = _kind_for(getattr(base, "config", config).model_type)
-    return kind(
-        base, config, chunk=chunk, counts_from_chunk=known.counts_from_chunk, attention=known.chunk_attention
-    )
+    return kind(base, config, chunk=chunk, counts_from_chunk=known.counts_from_chunk, attention=known.chunk_attention)
 
 
 def _kind_for(model_type: str) -> type[BaseStep]:

@@ -11,10 +11,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
-from slimgrad.hf.cache import FunctionalCache, LayerKind, RecurrentLayer, kinds_of
+from slimgrad.hf.cache import FunctionalCache, LayerKind, RecurrentLayer, kind_of
 from slimgrad.hf.step import BaseStep
 
 
@@ -30,7 +29,7 @@ class MiniMaxStep(BaseStep):
         return [
             _lightning(lightning[i])
             if isinstance(lightning[i], Tensor)
-            else kinds_of(cast(Any, Cache(layers=[softmax[i]])), self.chunk)[0]
+            else kind_of(softmax[i], self.chunk)
             for i in range(len(cache))
         ]
 

@@ -14,7 +14,6 @@ from transformers.models.rwkv.modeling_rwkv import RwkvOutput
 
 from slimgrad.hf.cache import LayerKind, LayerState, RecurrentLayer
 from slimgrad.hf.step import BaseStep
-from slimgrad.sweep import tree
 
 _SHIFTS, _TENSORS, _LARGEST = 2, 5, 4  # the token shifts come first; the largest exponent so far is the last
 _NOTHING = -1e30  # an exponent below all others
@@ -32,13 +31,8 @@ class RwkvStep(BaseStep):
         shift = weight.new_zeros(1, config.hidden_size)
         sums = weight.new_zeros(1, config.attention_hidden_size, dtype=torch.promote_types(weight.dtype, torch.float32))
         one = {i: shift.clone() if i < _SHIFTS else sums.clone() for i in range(_TENSORS)}
+        one[_LARGEST] += _NOTHING
         return [LayerKind(RecurrentLayer, {}, {"convolution": {}, "recurrence": one})] * config.num_hidden_layers
-
-    def initial_state(self, batch_size: int) -> tree.Tree:
-        state: Any = super().initial_state(batch_size)
-        for layer in state["layers"]:
-            layer["recurrence"][_LARGEST] += _NOTHING
-        return state
 
     def bound(self, state: Any) -> Any:
         return [_Slots(i, state["layers"]) for i in range(_TENSORS)]
