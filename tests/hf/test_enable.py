@@ -1,7 +1,8 @@
-"""`enable(model)`: the same losses and gradients as without, in float64, however a batch is given; or refused by name."""
+"""`enable(model)`: losses and gradients as without, in float64, however a batch is given; or refused by name."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -94,7 +95,7 @@ PACKED = {
 
 def positions(starts: tuple[int, ...], time: int) -> Tensor:
     edges = [*starts, time]
-    return torch.cat([torch.arange(b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)])[None]
+    return torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(edges)])[None]
 
 
 @pytest.mark.parametrize("how", PACKED)
@@ -109,7 +110,7 @@ def test_packed_rows_are_each_document_alone(kind: str, how: str) -> None:
     slimgrad.hf.disable(model)
     with widened():
         edges, parts = [*starts, 60], []
-        for a, b in zip(edges[:-1], edges[1:], strict=True):
+        for a, b in itertools.pairwise(edges):
             logits = model(input_ids=ids[:, a:b]).logits
             parts.append(F.cross_entropy(logits[0, :-1], ids[0, a + 1 : b], reduction="sum") / 56)
         sum(parts).backward()

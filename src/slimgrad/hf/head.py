@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from slimgrad.errors import ConsumedError
+
 PIECE = 512  # tokens whose logits exist at once
 _ROWS = 16_384  # of the weight, whose gradient is made at once in 16 bits
 IGNORED = -100
@@ -94,6 +96,7 @@ class _LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (scale,), context = grad_outputs, cast(Any, ctx)
+        _refuse_second(context)
         d_hidden, d_weight, d_bias = cast("tuple[Tensor | None, ...]", context.saved_tensors)
         of_weight, of_bias = context.dtypes
         return (
@@ -114,8 +117,17 @@ def _add_product(total: Tensor, d_logits: Tensor, x: Tensor) -> None:
 
 
 def _scaled(x: Any, scale: Tensor) -> Any:
-    """In place: a second backward pass is refused before it comes here, since the sweep's is."""
+    """In place, since there is one backward pass."""
     return None if x is None else x.mul_(scale)
+
+
+def _refuse_second(context: Any) -> None:
+    if getattr(context, "is_spent", False):
+        raise ConsumedError(
+            "backward was called a second time on one loss, whose gradients went with the first. Expected one backward "
+            "each: add losses up before calling it, or compute them again"
+        )
+    context.is_spent = True
 
 
 class _LossInPieces(torch.autograd.Function):
@@ -127,10 +139,12 @@ class _LossInPieces(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * len(parameters)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         dtype = torch.float32
-        for start in range(0, hidden.shape[1], PIECE):
-            span = slice(start, start + PIECE)
+        length = max(1, PIECE // hidden.shape[0])
+        for start in range(0, hidden.shape[1], length):
+            span = slice(start, start + length)
             with torch.set_grad_enabled(wants_hidden or bool(parameters)):
-                x = hidden[:, span].detach().requires_grad_(wants_hidden)
+                # as one block: of a strided piece some heads round twice
+                x = hidden[:, span].detach().contiguous().requires_grad_(wants_hidden)
                 logits = logits_of(x)
                 dtype = _wide(logits.dtype)
                 logits, goal = logits.to(dtype).flatten(0, 1), targets[:, span].flatten()
@@ -154,6 +168,7 @@ class _LossInPieces(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (scale,), context = grad_outputs, cast(Any, ctx)
+        _refuse_second(context)
         d_hidden, *sums = cast("tuple[Tensor | None, ...]", context.saved_tensors)
         found = [
             None if x is None else _scaled(x, scale).to(dtype) for x, dtype in zip(sums, context.dtypes, strict=True)
