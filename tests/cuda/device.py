@@ -75,7 +75,7 @@ class _TorchOnDevice:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(torch, name)
-        return partial(found, device=DEVICE) if name in ("arange", "tensor", "zeros") else found
+        return partial(found, device=DEVICE) if name in ("arange", "full", "tensor", "zeros") else found
 
 
 def place_toys(monkeypatch: pytest.MonkeyPatch) -> None:
