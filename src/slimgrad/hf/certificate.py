@@ -26,6 +26,7 @@ class Certificate:
         counts_from_chunk: the model counts positions from the start of what it is given.
         counts_padding: whether the padding token moves the positions of what comes after it.
         states: the kinds of state found.
+        mend: what of its code is mended while it runs in chunks (`slimgrad.hf.mends`); empty: nothing.
         attention: the attention implementation of the whole pass that it was compared with.
         chunk_attention: that of chunks, where it is another (`slimgrad.hf.attention`); None: the same.
         versions: of transformers, torch, slimgrad.
@@ -41,6 +42,7 @@ class Certificate:
     counts_from_chunk: bool = False
     counts_padding: bool = False
     states: list[str] = field(default_factory=list[str])
+    mend: str = ""
     attention: str = ""
     chunk_attention: str | None = None
     versions: dict[str, str] = field(default_factory=dict[str, str])
@@ -69,5 +71,5 @@ class Certificate:
             f"(allowed {TOLERANCE:.0e})\n"
             f"  compared: {LENGTH} tokens in chunks of {', '.join(map(str, CHUNKS))}, attention: {self.attention}, "
             f"within chunks {self.chunk_attention or self.attention}\n"
-            f"  state: {kinds}; head: {self.head or 'none'}\n  {versions}"
+            f"  state: {kinds}; head: {self.head or 'none'}; mended: {self.mend or 'nothing'}\n  {versions}"
         )

@@ -230,6 +230,7 @@ def _plain(model: Any, tokens: Tensor) -> _Comparison:
 def _in_chunks(model: Any, plain: _Comparison, blank: Certificate) -> Certificate:
     known = replace(blank, base=_base_of(model), head=_has_head(model))
     base = model.get_submodule(known.base)
+    known = replace(known, mend=mends.mend_of(model, base))
     errors = list[float]()
     for attention, counts in ((OURS, False), (None, False), (None, True)):
         known = replace(known, chunk_attention=attention, counts_from_chunk=counts)

@@ -15,7 +15,7 @@ from slimgrad.hf.certificate import Certificate
 from slimgrad.hf.mends.forward import MendedForward
 from slimgrad.hf.step import BaseStep
 
-__all__ = ["MendedForward", "base_of", "step_for"]
+__all__ = ["MendedForward", "base_of", "mend_of", "step_for"]
 
 # by model type: where its step is, imported when such a model is there
 _STEPS = {
@@ -31,22 +31,44 @@ _STEPS = {
     "mllama_text_model": "mllama.MllamaStep",
     "hrm_text": "without_gradients.CyclesStep",
 }
+# by file: what is mended, in words
+_WORDS = {
+    "scan": "its scan starts from the state before the chunk",
+    "minimax": "its own cache class",
+    "rwkv": "its list of states",
+    "xlstm": "its own cache class",
+    "contiguous": "keys and values laid out as it expects",
+    "deepseek": "its own cache layers",
+    "mllama": "layers that wait for images",
+    "without_gradients": "cycles without gradients",
+}
 _OWN_CACHES = ("minimax", "rwkv", "xlstm")
 
 
 def step_for(inner: nn.Module, known: Certificate, *, chunk: int) -> BaseStep:
     """The base of `inner` as a causal step, mended where its type needs it, and run as the certificate says."""
-    base, config = inner.get_submodule(known.base), cast(Any, inner).config
-    kind = _kind_for(getattr(base, "config", config).model_type)
-    return kind(base, config, chunk=chunk, counts_from_chunk=known.counts_from_chunk, attention=known.chunk_attention)
+    base = inner.get_submodule(known.base)
+    where = _STEPS.get(_model_type(inner, base))
+    kind = BaseStep
+    if where is not None:
+        file, name = where.split(".")
+        kind = cast("type[BaseStep]", getattr(importlib.import_module(f"{__name__}.{file}"), name))
+    return kind(
+        base,
+        cast(Any, inner).config,
+        chunk=chunk,
+        counts_from_chunk=known.counts_from_chunk,
+        attention=known.chunk_attention,
+    )
 
 
-def _kind_for(model_type: str) -> type[BaseStep]:
-    where = _STEPS.get(model_type)
-    if where is None:
-        return BaseStep
-    file, name = where.split(".")
-    return getattr(importlib.import_module(f"{__name__}.{file}"), name)
+def mend_of(inner: nn.Module, base: nn.Module) -> str:
+    """What is mended, in words; empty: nothing."""
+    return _WORDS.get(_STEPS.get(_model_type(inner, base), "").split(".")[0], "")
+
+
+def _model_type(inner: nn.Module, base: nn.Module) -> str:
+    return getattr(base, "config", cast(Any, inner).config).model_type
 
 
 def base_of(inner: nn.Module) -> str | None:
