@@ -12,5 +12,6 @@ require_extra("hf", "slimgrad.hf", "transformers")
 from slimgrad.hf.certificate import Certificate
 from slimgrad.hf.certifying import certify
 from slimgrad.hf.enabling import disable, enable
+from slimgrad.hf.forwards import evaluated_in_chunks
 
-__all__ = ["Certificate", "certify", "disable", "enable"]
+__all__ = ["Certificate", "certify", "disable", "enable", "evaluated_in_chunks"]
