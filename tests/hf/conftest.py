@@ -12,7 +12,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 # what these libraries warn of among themselves; by message and where it comes from, never ours
 _OTHERS = (
-    "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning",
+    "ignore:`.*` is deprecated and will be removed in v6:FutureWarning",
     "ignore:.*:DeprecationWarning:(transformers|peft|trl|accelerate|datasets|bitsandbytes|multiprocess|dill)",
 )
 

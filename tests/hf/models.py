@@ -44,11 +44,12 @@ def mamba2() -> Any:
     return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**shape, **sizes))
 
 
-def hybrid() -> Any:
+def hybrid(**fields: Any) -> Any:
     sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
     sizes |= {"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
     kinds = ["linear_attention", "full_attention"]
-    return transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**_SHAPE, **sizes, layer_types=kinds))
+    shape = {**_SHAPE, **sizes, **fields}
+    return transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**shape, layer_types=kinds))
 
 
 def gemma2() -> Any:

@@ -8,7 +8,7 @@ from slimgrad.call.arguments import DEFAULT_CHUNK
 from slimgrad.errors import InputError, ModelError
 from slimgrad.hf.certificate import Certificate
 from slimgrad.hf.certifying import certify
-from slimgrad.hf.forwards import enabled, install, refuse_moved_weights, uninstall
+from slimgrad.hf.forwards import enabled, install, refuse_modules, uninstall
 from slimgrad.hf.smoke import require_same_outputs
 from slimgrad.sweep.schedules.base import Schedule
 
@@ -56,7 +56,7 @@ def enable(
     certificate = certificate or certify(inner)
     certificate.require_exact()
     base = inner.get_submodule(certificate.base)
-    refuse_moved_weights(base)
+    refuse_modules(base)
     _refuse_wrapped(base)
     step = install(inner, certificate, chunk=chunk, schedule=schedule)
     if check:

@@ -162,7 +162,7 @@ class BaseForward(_Forward):
             return self.step.output_type(last_hidden_state=self.handed_out)
         if not self.is_training():
             return self.original(*args, **kwargs)
-        refuse_moved_weights(self.module)
+        refuse_modules(self.module)
         given, config, step = self.by_name(args, kwargs), self.step.config, self.step
         padding = padding_token(config) if self.certificate.counts_padding else None
         batch = read_batch(given, config, padding=padding, takes_positions=step.takes_positions)
@@ -274,9 +274,9 @@ class CausalForward(_Forward):
             self.base.handed_out = None
 
 
-def refuse_moved_weights(model: nn.Module) -> None:
-    """Raise where a module's weights are replaced while it runs, so that gradients of chunks would go to copies."""
-    for name, module in model.named_modules():
+def refuse_modules(base: nn.Module) -> None:
+    """Raise where a module cannot run in chunks: its weights are replaced while it runs, or it counts tokens."""
+    for name, module in base.named_modules():
         if hasattr(module, "_hf_hook"):
             raise ModelError(
                 f"{name or type(module).__name__} has a hook of Accelerate's that moves weights between devices "
@@ -287,6 +287,11 @@ def refuse_moved_weights(model: nn.Module) -> None:
                 f"{name or type(module).__name__} is a unit of fully_shard, which replaces its weights when it runs: "
                 "in chunks their gradients would be lost. Expected the whole model as the only unit: "
                 "fully_shard(model), on a model with a head, without sharding the layers below it"
+            )
+        if any("alora" in type(x).__name__.lower() for x in getattr(module, "lora_variant", dict[str, Any]()).values()):
+            raise ModelError(
+                f"{name} is an activated LoRA (alora_invocation_tokens), which counts tokens from the end of what it "
+                "is given, in chunks from the end of a chunk. Expected LoRA without invocation tokens"
             )
 
 

@@ -55,6 +55,11 @@ def require_same_outputs(inner: nn.Module, step: BaseStep) -> None:
         if depends_on_length(step.base):
             state = {**step.initial_state(1), "total": inputs["input_ids"].shape[1]}
         chunks = api.outputs(step, inputs, chunk=_CHUNK, state=state)["last_hidden_state"]
+    if not bool(own.isfinite().all()):
+        raise ModelError(
+            f"hidden states of this {type(inner).__name__} are not finite in one pass over {own.shape[1]} random tokens "
+            "already, without slimgrad; expected weights that can be trained"
+        )
     yardstick = max((_distance(other, own) for other in others), default=0.0)
     floor = _FLOORS.get(own.dtype, 0) * torch.finfo(own.dtype).eps or 30 * torch.finfo(torch.float32).eps
     allowed, found = max(_TIMES_YARDSTICK * yardstick, floor), _distance(chunks, own)
@@ -69,8 +74,13 @@ def require_same_outputs(inner: nn.Module, step: BaseStep) -> None:
 
 @contextmanager
 def _evaluating(base: nn.Module) -> Generator[None]:
-    modes = [(module, module.training) for module in base.modules()]
-    base.eval()
+    """Nothing random. Layers of bitsandbytes stay as they are: in eval mode, on a CPU, they repack their weights for
+    good.
+    """
+    others = [m for m in base.modules() if not type(m).__module__.startswith("bitsandbytes")]
+    modes = [(module, module.training) for module in others]
+    for module in others:
+        module.training = False
     try:
         yield
     finally:
