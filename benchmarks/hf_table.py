@@ -1,6 +1,6 @@
 """Every causal type of transformers' registry: exact in chunks, refused with its reason, or not buildable.
 
-    python -m benchmarks.hf_table               # half an hour on two cores; goes on where it was interrupted
+    python -m benchmarks.hf_table               # ten minutes on two cores; goes on where it was interrupted
     python -m benchmarks.hf_table llama mamba   # these anew
 
 Each type is certified (`slimgrad.hf.certifying`) in a process of its own, with a limit of time and of memory, from its
@@ -12,20 +12,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import multiprocessing
 import resource
-import subprocess
-import sys
+import signal
 import time
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+import transformers
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
+
+import slimgrad
 from benchmarks.measure import RESULTS, save
+from slimgrad.hf.certifying import certify_class
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "huggingface-models.md"
-SECONDS, GIBIBYTES, JOBS = 60, 9, 2
+SECONDS, GIBIBYTES, JOBS = 60, 9, 2  # of processor time; of addresses; at a time
 NOT_BUILT = ("its class could not be built", "its own forward fails", "its configuration could not be built")
 _ATTENTION_EVERY_TENTH = (["linear_attention"] * 9 + ["full_attention"]) * 4
 
@@ -47,14 +57,6 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 def certified(name: str) -> dict[str, Any]:
     """One type's row."""
-    import torch
-    from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    from slimgrad.hf.certifying import certify_class
-
-    torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (GIBIBYTES << 30, GIBIBYTES << 30))
     start = time.process_time()
     try:
         config = CONFIG_MAPPING[name](**FIELDS.get(name, {}))
@@ -78,6 +80,8 @@ def certified(name: str) -> dict[str, Any]:
         "states": found.states,
         "head": found.head,
         "needed": needed(found) if found.is_exact else [],
+        "takes": found.takes,
+        "checkpoints": found.checkpoints,
         "attention": found.chunk_attention or found.attention,
         "seconds": round(time.process_time() - start, 2),
     }
@@ -95,23 +99,35 @@ def needed(found: Any) -> list[str]:
     return words
 
 
-def in_a_child(name: str) -> dict[str, Any]:
-    """The row, or that time or memory ran out."""
-    command = [sys.executable, "-m", "benchmarks.hf_table", "--child", name]
-    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS + 60
-        )
-    except subprocess.TimeoutExpired:
-        return {"type": name, "result": "timed out", "reason": f"more than {SECONDS} seconds"}
-    rows = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not rows:
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        if done.returncode == -24:  # the limit of processor seconds
-            return {"type": name, "result": "timed out", "reason": f"more than {SECONDS} seconds"}
-        return {"type": name, "result": "not built", "reason": f"its process ended with {done.returncode}: {last}"}
-    return json.loads(rows[-1])
+def in_a_child(name: str, answer: Connection) -> None:
+    """Certify within limits of processor time and memory."""
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
+    resource.setrlimit(resource.RLIMIT_AS, (GIBIBYTES << 30, GIBIBYTES << 30))
+    answer.send(certified(name))
+
+
+def certified_all(names: list[str], jobs: int) -> Iterator[dict[str, Any]]:
+    """Rows as they come, each from a process of its own, a few at a time."""
+    context = multiprocessing.get_context("fork")  # what is imported here need not be imported there
+    waiting, running = list(reversed(names)), dict[Connection, tuple[str, Any]]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name = waiting.pop()
+            here, there = context.Pipe(duplex=False)
+            child = context.Process(target=in_a_child, args=(name, there))
+            child.start()
+            there.close()
+            running[here] = (name, child)
+        for here in wait(list(running)):
+            name, child = running.pop(here)
+            try:
+                yield here.recv()
+            except EOFError:
+                child.join()
+                out_of_time = child.exitcode == -signal.SIGXCPU
+                reason = f"more than {SECONDS} seconds" if out_of_time else f"its process ended with {child.exitcode}"
+                yield {"type": name, "result": "timed out" if out_of_time else "not built", "reason": reason}
+            child.join()
 
 
 def document(rows: list[dict[str, Any]], versions: str) -> str:
@@ -128,9 +144,9 @@ def document(rows: list[dict[str, Any]], versions: str) -> str:
         f"exact is {max(exact, default=0):.0e}.",
         "",
         "*Exact*: every gradient within 1e-10 (relative, float64) of plain backpropagation's, over several chunks and "
-        "with a remainder of one token; the model small, its code and options as they are. *Refused*: `enable` says so. "
-        "*Not built*: no small model came of the type's defaults; your own configuration may do. Any model's "
-        "configuration is certified when it is enabled (see [Hugging Face models](huggingface.md)).",
+        "with a remainder of one token; the model small, its code and options as they are. *Refused*: `enable` raises, "
+        "with this reason. *Not built*: no small model came of the type's defaults; your own configuration may do. Any "
+        "model's configuration is certified when it is enabled (see [Hugging Face models](huggingface.md)).",
         "",
         "| type | state | result | head | needed, or why not | seconds |",
         "|---|---|---|---|---|---|",
@@ -138,7 +154,13 @@ def document(rows: list[dict[str, Any]], versions: str) -> str:
     for row in sorted(rows, key=lambda row: row["type"]):
         result = f"exact, {row['error']:.0e}" if row["result"] == "exact" else row["result"]
         words = "; ".join(row.get("needed", [])) or row.get("reason", "")
-        cells = [row["type"], ", ".join(row.get("states", [])), result, row.get("head") or "", words.replace("|", "\\|")]
+        cells = [
+            row["type"],
+            ", ".join(row.get("states", [])),
+            result,
+            row.get("head") or "",
+            words.replace("|", "\\|"),
+        ]
         lines.append("| " + " | ".join([*cells, str(row.get("seconds", ""))]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -148,19 +170,10 @@ def main() -> None:
     parser.add_argument("types", nargs="*", help="to be certified anew; none: all that are missing")
     parser.add_argument("--anew", action="store_true", help="forget what is known")
     parser.add_argument("--jobs", type=int, default=JOBS, help="processes at a time")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.child:
-        warnings.filterwarnings("ignore")
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + 30, SECONDS + 30))  # importing takes some
-        print(json.dumps(certified(given.child)))
-        return
-    import torch
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    import slimgrad
-
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
     path = RESULTS / "hf_table.json"
     rows = [] if given.anew or not path.exists() else json.loads(path.read_text())["rows"]
     versions = {"transformers": transformers.__version__, "torch": torch.__version__, "slimgrad": slimgrad.__version__}
@@ -169,13 +182,12 @@ def main() -> None:
     if given.types:
         names = [name for name in names if name in given.types]
     words = ", ".join(f"{name} {version}" for name, version in versions.items())
-    with ThreadPoolExecutor(given.jobs) as pool:
-        for row in pool.map(in_a_child, names):
-            known[row["type"]] = {**row, "versions": versions}
-            rows = sorted(known.values(), key=lambda row: row["type"])
-            save("hf_table", rows)
-            DOCUMENT.write_text(document(rows, words[0].upper() + words[1:]))
-            print(f"{row['type']}: {row['result']} {row.get('error') or ''} {row.get('reason', '')[:100]}", flush=True)
+    for row in certified_all(names, given.jobs):
+        known[row["type"]] = {**row, "versions": versions}
+        rows = sorted(known.values(), key=lambda row: row["type"])
+        save("hf_table", rows)
+        DOCUMENT.write_text(document(rows, words[0].upper() + words[1:]))
+        print(f"{row['type']}: {row['result']} {row.get('error') or ''} {row.get('reason', '')[:100]}", flush=True)
     print(dict(Counter(row["result"] for row in known.values())))
 
 

@@ -70,7 +70,11 @@ _SIZES: tuple[tuple[int, str], ...] = (
         "attention_chunk_size index_n_heads",
     ),
     (64, "mamba_d_ssm"),
-    (9, "index_topk"),  # of the tokens before, so that it matters which are chosen
+    (9, "index_topk keep_window_size"),  # of the tokens before, so that it matters which are chosen
+    (2, "index_topk_blocks"),
+    (4, "index_block_size"),
+    (8, "floor_scale log_scaling_n_floor rel_extent"),  # tokens from which on something is scaled or left out
+    (2 * WINDOW, "local_attention"),
     (
         256,
         "max_position_embeddings n_positions n_ctx max_seq_len seq_length context_length max_target_positions "
@@ -193,9 +197,11 @@ def _shrink_layers(config: Any, fields: dict[str, Any]) -> None:
     depth = _depth(config)
     if depth is None:
         return
-    per_layer = {k: v for k, v in fields.items() if isinstance(v, list) and len(v) == depth and depth > 1}
+    indices = [
+        k for k in _INDICES if isinstance(fields.get(k), list) and not any(isinstance(x, bool) for x in fields[k])
+    ]
+    per_layer = {k: v for k, v in fields.items() if isinstance(v, list) and len(v) == depth > 1 and k not in indices}
     options = {int(index): value for index, value in (fields.get("per_layer_config") or {}).items()}
-    indices = [k for k in _INDICES if isinstance(fields.get(k), list) and k not in per_layer]
     own = depth - (fields.get(_SHARING) or 0)  # layers with keys of their own
 
     def kind(i: int) -> str:
@@ -274,7 +280,9 @@ RULES: dict[str, Any] = {
         "ffn_config": {**fields["ffn_config"], "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v4": lambda fields: {
-        "compress_rates": {kind: min(rate, 2 if "sparse" in kind else 4) for kind, rate in fields["compress_rates"].items()}
+        "compress_rates": {
+            kind: min(rate, 2 if "sparse" in kind else 4) for kind, rate in fields["compress_rates"].items()
+        }
     },
     "mamba2": {"num_heads": 8, "head_dim": 8},
 }
