@@ -14,11 +14,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from slimgrad.bytelm.device import DEVICES
 from slimgrad.bytelm.gradient import METHODS, Method
-from slimgrad.bytelm.schedules import parse_schedule
 from slimgrad.data import Order
 from slimgrad.errors import InputError
 from slimgrad.models.performer import PerformerConfig
 from slimgrad.models.presets import Preset
+from slimgrad.sweep.schedules.names import parse_schedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from slimgrad.bytelm.schedules import parse_schedule
 from slimgrad.call.arguments import DEFAULT_CHUNK
 from slimgrad.errors import InputError
 from slimgrad.sweep.schedules.base import Schedule
 from slimgrad.sweep.schedules.keep import Rebuild
+from slimgrad.sweep.schedules.names import parse_schedule
 
 ADAPTER_RATE, FULL_RATE = 2e-4, 2e-5
 LOGGERS = ("none", "tensorboard", "trackio")
