@@ -127,8 +127,25 @@ def read_batch(given: dict[str, Any], config: Any, *, padding: int | None, takes
         return Batch([tensors], False, rows, time, mask)
     edges = [*starts.flatten().nonzero().flatten().tolist(), rows * time]
     flat = {name: x.expand(rows, time, *x.shape[2:]).flatten(0, 1) for name, x in tensors.items()}
-    sequences = [{name: x[start:stop][None] for name, x in flat.items()} for start, stop in pairwise(edges)]
+    sequences = [
+        {name: x[start:stop, None] if are_single else x[None, start:stop] for name, x in flat.items()}
+        for start, stop, are_single in _documents(edges)
+    ]
     return Batch(sequences, True, rows, time, mask)
+
+
+def _documents(edges: list[int]) -> list[tuple[int, int, bool]]:
+    """From where each document starts: (start, stop, False) of one; (start, stop, True) of a run of single tokens, as
+    padding to a multiple of a length comes, which go together as rows.
+    """
+    found: list[tuple[int, int, bool]] = []
+    for start, stop in pairwise(edges):
+        is_single = stop == start + 1
+        if is_single and found and found[-1][2]:
+            found[-1] = (found[-1][0], stop, True)
+        else:
+            found.append((start, stop, is_single))
+    return found
 
 
 def _refuse(given: dict[str, Any], config: Any) -> None:
