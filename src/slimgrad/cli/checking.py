@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from slimgrad.bytelm.presets import get_preset
 from slimgrad.errors import InputError
-from slimgrad.models import Performer, get_preset
+from slimgrad.models import Performer
 from slimgrad.verification.model import verify
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
