@@ -26,7 +26,7 @@ from slimgrad.errors import InputError
 from slimgrad.models.performer import PerformerConfig
 
 
-def _what(description: str, expected: str = "", **constraints: Any) -> Any:
+def _explained(description: str, expected: str = "", **constraints: Any) -> Any:
     """A field: what it is for, what it may be in words ("" where one bound or a choice says it), and in numbers."""
     return Field(description=description, json_schema_extra={"expected": expected} if expected else None, **constraints)
 
@@ -38,54 +38,57 @@ _Fraction = Annotated[float, Field(ge=0, lt=1)]
 class TrainConfig:
     """A training run. What each field is for is said by `describe(name)`, which the help of the command line shows."""
 
-    model: Annotated[PerformerConfig, _what("The Performer's shape.")]
+    model: Annotated[PerformerConfig, _explained("The Performer's shape.")]
     task: Annotated[
         Literal["text", "copying"],
-        _what('"text" (the bytes of a corpus), or "copying" (generated: the paper\'s section 4.3).'),
+        _explained('"text" (the bytes of a corpus), or "copying" (generated: the paper\'s section 4.3).'),
     ] = "text"
-    length: Annotated[int, _what("Bytes of one training sequence; of the longest, where they grow.", ge=2)]
+    length: Annotated[int, _explained("Bytes of one training sequence; of the longest, where they grow.", ge=2)]
     first_length: Annotated[
         int,
-        _what(
+        _explained(
             "Bytes of the first sequences; the length doubles until it is the full one, each having an equal share of "
             "the bytes. 0: all have the full length.",
             ge=0,
         ),
     ] = 0
-    batch: Annotated[int, _what("Sequences that go through the model at once.", ge=1)] = 1
+    batch: Annotated[int, _explained("Sequences that go through the model at once.", ge=1)] = 1
     accumulate: Annotated[
-        int, _what("Batches whose gradients make one step; the mean is over all their targets.", ge=1)
+        int, _explained("Batches whose gradients make one step; the mean is over all their targets.", ge=1)
     ] = 1
     windows: Annotated[
         Order,
-        _what(
+        _explained(
             "Sequences from the text: shuffled (passes over consecutive windows, in random order), consecutive, random "
             "(from any byte on), or documents (whole ones, each at its own length)."
         ),
     ] = "shuffled"
     method: Annotated[
         Method,
-        _what(
+        _explained(
             "How gradients are computed: chunked (in the memory of one chunk), checkpoint (each layer is computed "
             "twice) or plain. The gradient is the same."
         ),
     ] = "chunked"
-    chunk: Annotated[int, _what("Bytes whose graph lives at once: what decides the memory of chunked gradients.", ge=1)]
+    chunk: Annotated[
+        int, _explained("Bytes whose graph lives at once: what decides the memory of chunked gradients.", ge=1)
+    ]
     schedule: Annotated[
         str,
-        _what("States to keep: auto, rebuild, keep, every:K or binomial:SLOTS; @disk or @FOLDER: there."),
+        _explained("States to keep: auto, rebuild, keep, every:K or binomial:SLOTS; @disk or @FOLDER: there."),
     ] = "auto"
-    device: Annotated[Device, _what("cpu, cuda, or auto: the GPU where there is one.")] = "auto"
+    device: Annotated[Device, _explained("cpu, cuda, or auto: the GPU where there is one.")] = "auto"
     precision: Annotated[
-        Literal["float32", "bf16"], _what("float32, or bf16: autocast, with parameters and states in float32.")
+        Literal["float32", "bf16"], _explained("float32, or bf16: autocast, with parameters and states in float32.")
     ] = "float32"
-    steps: Annotated[int, _what("Optimiser steps.", ge=1)]
+    steps: Annotated[int, _explained("Optimiser steps.", ge=1)]
     learning_rate: Annotated[
-        float, _what("The highest learning rate, after the warm-up.", "a positive number", gt=0, allow_inf_nan=False)
+        float,
+        _explained("The highest learning rate, after the warm-up.", "a positive number", gt=0, allow_inf_nan=False),
     ]
     warmup: Annotated[
         float,
-        _what(
+        _explained(
             "Fraction of the training bytes over which the learning rate rises.",
             "a fraction between 0 and 1",
             ge=0,
@@ -94,37 +97,39 @@ class TrainConfig:
     ] = 0.05
     decay: Annotated[
         Literal["cosine", "constant", "drop"],
-        _what(
+        _explained(
             "The learning rate after that: cosine (half a cosine, down to zero), constant, or drop (a tenth after two "
             "thirds)."
         ),
     ] = "cosine"
     weight_decay: Annotated[
         float,
-        _what("Of matrices; vectors (biases, norms) are not decayed.", "zero or more", ge=0, allow_inf_nan=False),
+        _explained("Of matrices; vectors (biases, norms) are not decayed.", "zero or more", ge=0, allow_inf_nan=False),
     ] = 0.1
-    betas: Annotated[tuple[_Fraction, _Fraction], _what("AdamW's.", "two numbers in [0, 1)")] = (0.9, 0.95)
+    betas: Annotated[tuple[_Fraction, _Fraction], _explained("AdamW's.", "two numbers in [0, 1)")] = (0.9, 0.95)
     clip_norm: Annotated[
         Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
-        _what(
+        _explained(
             "The norm that the gradient of all parameters together is scaled down to; none: not clipped.",
             "a positive number, or none",
         ),
     ] = 1.0
     validation_bytes: Annotated[
-        int, _what("Bytes kept for validation, at the corpus' end or in its official part.", ge=2)
+        int, _explained("Bytes kept for validation, at the corpus' end or in its official part.", ge=2)
     ] = 32_768
     eval_every: Annotated[
         Annotated[int, Field(ge=1)] | None,
-        _what("Steps between validations; by default five, evenly over the bytes. The last step always has one."),
+        _explained("Steps between validations; by default five, evenly over the bytes. The last step always has one."),
     ] = None
     save_every: Annotated[
         Annotated[int, Field(ge=1)] | None,
-        _what("Steps between snapshots; by default one a minute. One more when the run ends or is interrupted."),
+        _explained("Steps between snapshots; by default one a minute. One more when the run ends or is interrupted."),
     ] = None
     seed: Annotated[
         int,
-        _what("Decides parameters, order and draws; one seed, one run.", "between 0 and 2**63 - 1", ge=0, lt=2**63),
+        _explained(
+            "Decides parameters, order and draws; one seed, one run.", "between 0 and 2**63 - 1", ge=0, lt=2**63
+        ),
     ] = 0
 
     def __post_init__(self) -> None:

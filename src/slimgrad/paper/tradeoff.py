@@ -217,7 +217,9 @@ def compare_times(rows: list[Row]) -> list[Row]:
         ways: list[tuple[str, Method, int]] = [("plain", "plain", length), ("checkpoint", "checkpoint", length)]
         for chunk in task["chunks"]:
             ways.append((str(chunk), "chunked", chunk))
-        for name, method, chunk in ways if measured else ():  # none where plain backpropagation would not fit
+        for name, method, chunk in ways:
+            if name not in measured:  # none is, where plain backpropagation would not fit
+                continue
             seconds = measured[name]
             ratios = [ours / plain for ours, plain in zip(seconds, measured["plain"], strict=True)]
             flops = predict_flops(config, length, method, chunk)
