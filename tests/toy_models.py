@@ -95,7 +95,7 @@ class AllKinds(nn.Module):
         x = x + torch.tanh(self.conv(padded.transpose(1, 2))).transpose(1, 2)
         y = torch.tanh(self.summed(x))
         before, sums = state["sums"][0].advance(y.sum(1))
-        count, counted = state["count"].advance(torch.tensor(x.shape[1]))
+        count, counted = state["count"].advance(torch.full((), x.shape[1]))
         seen = count + torch.arange(1, x.shape[1] + 1)
         x = x + (before[:, None].to(x.dtype) + y.cumsum(1)) / seen[:, None].to(x.dtype)
         q, k, v = self.attention(x).chunk(3, -1)
@@ -149,7 +149,7 @@ class LinearAttention(nn.Module):
 
     def _attend(self, inputs: Tensor, state: dict[str, sg.PrefixSum]) -> tuple:
         time = inputs.shape[1]
-        before_position, position = state["position"].advance(torch.tensor(time))
+        before_position, position = state["position"].advance(torch.full((), time))
         x = self.embed(inputs)
         q, k, v = self.qkv(x).chunk(3, -1)
         q, k = F.elu(q) + 1, F.elu(k) + 1

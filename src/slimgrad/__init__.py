@@ -4,6 +4,10 @@ import slimgrad as sg
 result = sg.backward(model, tokens, chunk=4096)    # parameter gradients are in .grad
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from slimgrad.api import Chunked, backward, evaluate, loss, outputs, token_loss
 from slimgrad.call.arguments import Result
 from slimgrad.call.protocol import CausalModel
@@ -34,6 +38,9 @@ from slimgrad.sweep.schedules.every import Every
 from slimgrad.sweep.schedules.keep import Keep, Rebuild
 from slimgrad.verification.model import Report, verify
 from slimgrad.verification.step import StepReport, verify_step
+
+if TYPE_CHECKING:
+    from slimgrad import hf
 
 __version__ = "0.1.0"
 
@@ -68,6 +75,7 @@ __all__ = [
     "SweepError",
     "backward",
     "evaluate",
+    "hf",
     "loss",
     "outputs",
     "receive_state",
@@ -76,3 +84,12 @@ __all__ = [
     "verify",
     "verify_step",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`slimgrad.hf`, imported when it is first asked for: it needs transformers."""
+    if name != "hf":
+        raise AttributeError(f"module 'slimgrad' has no attribute {name!r}")
+    import importlib
+
+    return importlib.import_module("slimgrad.hf")

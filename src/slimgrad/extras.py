@@ -14,6 +14,7 @@ EXTRAS = {
         "typer", "rich", "uniplot", "matplotlib", "pydantic", "pooch", "requests", "tqdm", "filelock", "psutil",
     ),
     "tensorboard": ("tensorboard",),
+    "hf": ("transformers", "accelerate", "peft", "datasets"),
 }  # fmt: skip
 
 

@@ -64,5 +64,6 @@ CASES: list[tuple[str, Callable[[], Built]]] = [
     ("signals", signals),
     ("gates in blocks", next_token(lambda: Gated(width=6, vocabulary=VOCABULARY))),
     ("window", next_token(lambda: Windowed(width=6, window=17))),
-    ("cache in experiments", next_token(lambda: Cached(width=6))),
+    ("cache", next_token(lambda: Cached(width=6))),
+    ("window in a cache", next_token(lambda: Cached(width=6, window=30))),
 ]

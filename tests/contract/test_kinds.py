@@ -22,7 +22,8 @@ from slimgrad.gradients.buffers import Gather
 from slimgrad.gradients.fused import Fused
 from slimgrad.states import rows, values
 from slimgrad.states.tensors import TensorCarrier
-from slimgrad.sweep import progress, random, run
+from slimgrad.sweep import progress, run
+from slimgrad.sweep.turn import Turn
 from slimgrad.sweep.witness import Witness
 from tests.contract import kinds
 
@@ -122,7 +123,7 @@ KINDS: list[tuple[Callable[[], None], Patch | None]] = [
         replaced(Gather, "is_own_backward", lambda self: self._graph_task is not None),
     ),
     (kinds.backward_within_autocast, None),
-    (kinds.two_models_that_draw, replaced(random, "_turn", contextlib.nullcontext())),
+    (kinds.two_models_that_draw, replaced(Turn, "taken", untouched)),
     (kinds.a_second_sweep_on_a_model, any_thread),
     (kinds.a_plain_backward_beside_a_sweep, unguarded_threads),
     (kinds.a_final_state_is_a_copy, replaced(TensorCarrier, "final", no_copy)),

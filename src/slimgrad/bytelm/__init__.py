@@ -13,8 +13,8 @@ from slimgrad.bytelm.memory import Cost, measure_gradient
 from slimgrad.bytelm.presets import PRESETS, get_preset
 from slimgrad.bytelm.row import Row
 from slimgrad.bytelm.sample import generate, stream
-from slimgrad.bytelm.schedules import parse_schedule
 from slimgrad.bytelm.task import Task, make_task
+from slimgrad.sweep.schedules.names import parse_schedule
 
 __all__ = [
     "CHUNKS_IN_A_PIECE",

@@ -20,10 +20,10 @@ from pydantic.fields import FieldInfo
 
 from slimgrad.bytelm.device import Device
 from slimgrad.bytelm.gradient import Method
-from slimgrad.bytelm.schedules import parse_schedule
 from slimgrad.data import Order
 from slimgrad.errors import InputError
 from slimgrad.models.performer import PerformerConfig
+from slimgrad.sweep.schedules.names import parse_schedule
 
 
 def _explained(description: str, expected: str = "", **constraints: Any) -> Any:

@@ -29,7 +29,6 @@ from slimgrad.bytelm.gradient import add_gradient
 from slimgrad.bytelm.memory import out_of_memory
 from slimgrad.bytelm.optimizer import learning_rate_at, make_optimizer, set_learning_rate
 from slimgrad.bytelm.row import Report, Row
-from slimgrad.bytelm.schedules import parse_schedule
 from slimgrad.bytelm.task import Task, make_task
 from slimgrad.call.losses import cross_entropy_sum, is_counted
 from slimgrad.data import Batch, Corpus
@@ -41,6 +40,7 @@ from slimgrad.states.sums import PrefixSum
 from slimgrad.sweep import tree
 from slimgrad.sweep.random import derive_seed, seeded
 from slimgrad.sweep.schedules.base import Schedule
+from slimgrad.sweep.schedules.names import parse_schedule
 
 SECONDS_BETWEEN_SNAPSHOTS = 60.0
 _VALIDATIONS = 5

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slimgrad.budget import choose_schedule
+from slimgrad.call.cudagraphs import refuse_cuda_graphs
 from slimgrad.call.model import SharedModel
 from slimgrad.call.program import ChunkProgram, LossFn, sum_dtype
 from slimgrad.call.protocol import require_causal_model
@@ -130,6 +131,7 @@ class Call:
                 "called outside of it. For the loss alone use slimgrad.evaluate"
             )
         self.model = require_causal_model(model)
+        refuse_cuda_graphs(self.model, options.loss_fn)
         chunk = options.chunk
         if isinstance(chunk, bool) or not isinstance(cast(object, chunk), int) or chunk < 1:
             raise InputError(f"chunk={chunk!r}: expected a whole number of tokens, at least 1")

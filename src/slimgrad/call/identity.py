@@ -53,6 +53,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "slimgrad": slimgrad.__version__,
         "torch": str(torch.__version__),
+        "accelerator": _accelerator(device),
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
@@ -78,3 +79,11 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _named(context: Any) -> Iterator[tuple[str, Any]]:
     if context is not None:
         yield from zip(tree.paths(context), tree.leaves(context), strict=True)
+
+
+def _accelerator(device: torch.device) -> str:
+    """The GPU and what chooses its kernels; "none" on a CPU."""
+    if device.type != "cuda":
+        return "none" if device.type == "cpu" else device.type
+    cudnn = torch.backends.cudnn
+    return f"{torch.cuda.get_device_name(device)}, cuDNN {cudnn.version()}, TF32 in cuDNN {cudnn.allow_tf32}"

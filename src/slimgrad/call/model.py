@@ -24,6 +24,7 @@ from slimgrad.states.tensors import version
 from slimgrad.sweep import tree
 from slimgrad.sweep.interrupt import uninterrupted
 from slimgrad.sweep.random import seeded
+from slimgrad.sweep.turn import turn
 
 
 class SharedModel:
@@ -40,6 +41,7 @@ class SharedModel:
         self.gather = gather
         first = next((t for t in (*model.parameters(), *model.buffers())), None)
         self.device = torch.device("cpu") if first is None else first.device
+        self._is_on_one_device = {x.device for x in (*model.parameters(), *model.buffers())} <= {self.device}
         self.context_leaves: list[Tensor] = []
         self.context = None if context is None else tree.map_tensors(self._stand_in_for_context, context)
         # forward alone where something is compiled: it and an `advance` that is not would differ in bits
@@ -127,7 +129,8 @@ class SharedModel:
         edges = [get_gradient_edge(x) for x in leaves]
         tensors = [root.tensor for root in roots]
         self.refuse_lost(tensors, edges, where)
-        with self.autocast(as_called=False):
+        wholly = self._is_on_one_device and all(x.device == self.device for x in leaves)
+        with self.autocast(as_called=False), turn.lent(self.device, wholly=wholly):
             self.gather.backward(tensors, [root.cotangent for root in roots], edges)
 
     def refuse_lost(self, tensors: Sequence[Tensor | GradientEdge], edges: Sequence[GradientEdge], where: str) -> None:

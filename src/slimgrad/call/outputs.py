@@ -18,6 +18,7 @@ from slimgrad.call.guard import CalledWith
 from slimgrad.call.parallel import one_thread_at_a_time
 from slimgrad.errors import ConsumedError
 from slimgrad.sweep.run import Cotangents, everywhere
+from slimgrad.sweep.turn import has_own_thread, in_autograds_thread
 
 
 def loss_of(call: Call) -> Tensor:
@@ -80,9 +81,15 @@ class _Swept(torch.autograd.Function):
             )
         started, called_with = cast("list[Started]", context.started), cast(CalledWith, context.called_with)
         context.call = context.started = context.called_with = None  # a loss that is kept holds nothing
-        initial_grads = list[Any]()
+        initial_grads, devices = list[Any](), [g.device for g in grad_outputs if g is not None]
+        here = next((device for device in devices if has_own_thread(device)), torch.device("cpu"))
         # within torch.inference_mode a backward works in plain PyTorch as well
-        with torch.inference_mode(False), one_thread_at_a_time(call.model), called_with.restored():
+        with (
+            torch.inference_mode(False),
+            in_autograds_thread(here),
+            one_thread_at_a_time(call.model),
+            called_with.restored(),
+        ):
             given = [g.clone() if g is not None and g.is_inference() else g for g in grad_outputs]
             coming = iter(given)
             for one in started:

@@ -132,27 +132,93 @@ def train(
 
 
 @app.command()
-@with_numbers(
-    dict.fromkeys(("length", "chunk", "method", "device"))
-    | {"learning_rate": "a tenth of the run's", "steps": "20", "seed": "the run's"}
-)
 def finetune(
-    run: RunArgument,
-    file: Annotated[str, typer.Argument(help="The text to adapt to: a file, a folder, or a corpus' name.")],
-    memory: Annotated[
-        str | None, typer.Option(help="Most data this process may hold, e.g. 500MB; enforced by the kernel (Linux).")
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A Hugging Face model: its folder, or a name to fetch. Or a run of slimgrad, one of its snapshots, or "
+            "its model.safetensors."
+        ),
     ] = None,
-    numbers: Numbers = MappingProxyType({}),
+    data: Annotated[
+        str | None,
+        typer.Argument(
+            help="What to adapt to: a text file (one document), a folder of them, JSONL with a field text or messages, "
+            "or a tokenised dataset. For a run: a file, a folder, or a corpus' name."
+        ),
+    ] = None,
+    lora: Annotated[int | None, typer.Option(help="The rank of adapters. Without: every weight is trained.")] = None,
+    lora_alpha: Annotated[
+        int | None, typer.Option(help="Their scale, times the rank.", show_default="2 x rank")
+    ] = None,
+    lora_dropout: Annotated[float | None, typer.Option(help="Before the adapters.", show_default="0")] = None,
+    dora: Annotated[bool, typer.Option("--dora", help="Weight-decomposed adapters.")] = False,
+    bits: Annotated[int | None, typer.Option(help="4: frozen weights in four bits (QLoRA).")] = None,
+    chunk: Annotated[
+        int | None, typer.Option(help="Tokens whose graph lives at once: what decides the memory.")
+    ] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="Where keys and values are: device or host.", show_default="device")
+    ] = None,
+    schedule: Annotated[str | None, typer.Option(help="States to keep, as for train.", show_default="auto")] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="transformers' own, inside each chunk.")
+    ] = False,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="The highest.", show_default="2e-4 for adapters, 2e-5 for every weight; of a run, a tenth"),
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Times through the documents.", show_default="1")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead; for a run 20.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Documents at once, padded.", show_default="1")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches that make one step.", show_default="1")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of steps with a rising rate.", show_default="0.1")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16.", show_default="as the model is saved")
+    ] = None,
+    eval_file: Annotated[str | None, typer.Option("--eval", help="Documents to evaluate on, before and after.")] = None,
+    eval_share: Annotated[float | None, typer.Option(help="Or that share of the documents, e.g. 0.05.")] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints.", show_default="ten in all")
+    ] = None,
+    logging: Annotated[str | None, typer.Option(help="tensorboard, trackio or none.", show_default="none")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Decides adapters and order.", show_default="0, or the run's")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.", show_default="auto")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with this run from its last checkpoint; MODEL and DATA may be left out.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder for the results.", show_default="runs/NAME-DATE-TIME")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Of a run: most data this process may hold, e.g. 500MB; enforced by the kernel (Linux)."),
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Of a run: bytes of one training sequence.")] = None,
+    method: Annotated[str | None, typer.Option(help="Of a run: chunked, checkpoint or plain.")] = None,
     settings: Settings = None,
-    out: Out = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Adapt a trained model to a text, within a hard limit on memory. The result is a run of its own."""
-    with one_clear_message():
-        from slimgrad.cli.training import Options, run_finetuning
+    """Adapt a Hugging Face model, or a run of slimgrad, to whole documents. The result is a folder of its own.
 
-        options = Options(corpus=file, numbers=numbers, settings=tuple(settings or ()), out=out, data_dir=data_dir)
-        run_finetuning(options, run, memory)
+    Ctrl-C and SIGTERM save after the step (a second one stops at once). A Hugging Face model's run goes on with
+    --resume here, one of slimgrad with slimgrad train --resume.
+    """
+    with one_clear_message():
+        from slimgrad.cli.finetuning import run_finetune
+
+        run_finetune(
+            model, data, resume=resume, out=out, lora=lora, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+            dora=dora or None, bits=bits, chunk=chunk, rows=rows, schedule=schedule,
+            gradient_checkpointing=gradient_checkpointing or None, learning_rate=learning_rate, epochs=epochs,
+            steps=steps, batch=batch, accumulate=accumulate, warmup=warmup, dtype=dtype, eval=eval_file,
+            eval_share=eval_share, save_every=save_every, logging=logging, seed=seed, device=device, memory=memory,
+            length=length, method=method, settings=settings or None, data_dir=data_dir,
+        )  # fmt: skip
 
 
 @app.command(name="eval")
@@ -194,16 +260,22 @@ def generate(
 
 @app.command()
 def verify(
-    preset: Annotated[str, typer.Argument(help="The model to check, untrained.")],
-    length: Annotated[int, typer.Option(help="Tokens of the sequence, which plain backpropagation must hold.")] = 200,
-    chunk: Annotated[int, typer.Option(help="Tokens per chunk.")] = 48,
-    dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16.")] = "float64",
+    model: Annotated[
+        str, typer.Argument(help="A preset, untrained; or a Hugging Face model: its folder, or a name to fetch.")
+    ],
+    length: Annotated[
+        int | None, typer.Option(help="Of a preset: tokens that plain backpropagation must hold.", show_default="200")
+    ] = None,
+    chunk: Annotated[int | None, typer.Option(help="Of a preset: tokens per chunk.", show_default="48")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of a preset: float64, float32 or bfloat16.", show_default="float64")
+    ] = None,
 ) -> None:
-    """Compare chunked gradients with plain backpropagation, parameter by parameter."""
+    """Compare chunked gradients with plain backpropagation: of a preset, or of a Hugging Face model's class."""
     with one_clear_message():
         from slimgrad.cli.checking import run_verification
 
-        if not run_verification(preset, length=length, chunk=chunk, dtype=dtype):
+        if not run_verification(model, length=length, chunk=chunk, dtype=dtype):
             raise typer.Exit(1)
 
 

@@ -27,7 +27,6 @@ from slimgrad.bytelm.folder import read_record
 from slimgrad.bytelm.memory import out_of_memory
 from slimgrad.bytelm.model_file import require_shape
 from slimgrad.bytelm.presets import get_preset
-from slimgrad.bytelm.schedules import require_folder
 from slimgrad.cli.curve import picture
 from slimgrad.cli.session import Session, describe
 from slimgrad.data import KNOWN, Corpus, Documents, load_corpus
@@ -36,6 +35,7 @@ from slimgrad.extras import require_extra
 from slimgrad.models import PerformerConfig
 from slimgrad.runs.environment import describe_environment
 from slimgrad.runs.folder import require_new, split_snapshot_path
+from slimgrad.sweep.schedules.names import require_folder
 
 COPYING = "copying"
 DEFAULT_PRESET = "modern"

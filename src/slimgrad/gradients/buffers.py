@@ -27,7 +27,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from slimgrad.errors import ConsumedError, InputError, ModelError, SweepError
 from slimgrad.gradients.escaped import refuse_escaped
-from slimgrad.gradients.fused import Fused, fused_forward, is_fusable, outside_compiled
+from slimgrad.gradients.fused import Fused, add_rows, fused_forward, is_fusable, outside_compiled
 from slimgrad.gradients.graph import is_leaf, node_of
 from slimgrad.gradients.sink import SavedSink, Sink
 from slimgrad.sweep.interrupt import uninterrupted
@@ -232,7 +232,7 @@ class Gather:
         self._touched = True
         if stand_in.grad is None:
             stand_in.grad = torch.zeros_like(stand_in, requires_grad=False)
-        self._dense(stand_in).index_add_(0, indices, rows)
+        add_rows(self._dense(stand_in), indices, rows)
 
     @staticmethod
     def _dense(stand_in: Tensor) -> Tensor:

@@ -70,7 +70,14 @@ class _Embedding(torch.autograd.Function):
         if gather.is_own_backward():
             gather.add_rows(weight, indices, rows)
             return None, None, None
-        return None, rows.new_zeros(weight.shape).index_add(0, indices, rows), None
+        return None, add_rows(rows.new_zeros(weight.shape), indices, rows), None
+
+
+def add_rows(total: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+    """`total[indices] += rows` in place, in an order that is the same each time."""
+    if total.device.type == "cpu":
+        return total.index_add_(0, indices, rows)
+    return total.index_put_((indices,), rows, accumulate=True)  # sorted there; index_add_ adds as threads come
 
 
 class Fused:

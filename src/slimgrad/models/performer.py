@@ -233,7 +233,8 @@ class Performer(nn.Module):
         """Embeddings with positions, and the state that follows, except for the layers."""
         tokens, time = inputs.long(), inputs.shape[1]
         following = dict(state)
-        start, following["position"] = state["position"].advance(torch.tensor(time, device=tokens.device))
+        # filled there: torch.tensor would be copied to the device, and the chunk wait for it
+        start, following["position"] = state["position"].advance(torch.full((), time, device=tokens.device))
         positions = start + torch.arange(time, device=tokens.device)
         if self.config.taps > 1:
             joined = torch.cat([state["recent"], tokens], dim=1)

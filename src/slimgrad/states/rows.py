@@ -35,14 +35,16 @@ class Growing(State):
             raise ModelError(f"Growing expects [batch, time, ...], got shape {tuple(value.shape)}")
         super().__init__(value, _link=_link)
 
-    def append(self, rows: Tensor) -> tuple[Tensor, Growing]:
+    def append(self, rows: Tensor, *, last: int | None = None) -> tuple[Tensor, Growing]:
         """Append one chunk's rows.
 
         Args:
             rows: `[batch, new, ...]`, the other axes as in the rows so far.
+            last: how many of the last rows are wanted (a window), at least the new ones; None: all.
 
         Returns:
-            All rows, `[batch, so far + new, ...]`, and the state that follows. Gradients flow through both.
+            The rows, `[batch, so far + new, ...]` or the last of them, and the state that follows. Gradients flow
+            through both.
         """
         expected, got = self._value.shape, rows.shape
         if expected[:1] + expected[2:] != got[:1] + got[2:]:
@@ -51,10 +53,12 @@ class Growing(State):
                 f"got {list(got)}"
             )
         refuse_half_a_number("Growing.append", rows, self._value.dtype)
+        if last is not None and last < rows.shape[1]:
+            raise ModelError(f"Growing.append: last={last}: expected at least the {rows.shape[1]} new rows")
         if self._link is not None:
-            return self._link.append(rows)
+            return self._link.append(rows, last)
         value = torch.cat([self._value, rows.to(self._value.dtype)], dim=1)
-        return value, Growing(value)
+        return value if last is None else value[:, -last:], Growing(value)
 
     @property
     def length(self) -> int:
@@ -74,36 +78,43 @@ class Growing(State):
 class _Following:
     """Stands behind the state after a chunk."""
 
-    def __init__(self, rows: Tensor) -> None:
-        self.length = rows.shape[1]
+    def __init__(self, length: int) -> None:
+        self.length = length
 
-    def append(self, rows: Tensor) -> Any:
+    def append(self, rows: Tensor, last: int | None = None) -> Any:
         raise ModelError(
             f"append was called twice on one Growing within a chunk (second rows: {tuple(rows.shape)}); "
             "expected one call per chunk. Concatenate the rows first, or hold two Growing states"
         )
 
     def value_of(self, state: Growing) -> Tensor:
-        return state._value  # pyright: ignore[reportPrivateUsage]
+        value = state._value  # pyright: ignore[reportPrivateUsage]
+        if value.shape[1] < self.length:
+            raise ModelError(
+                f"the value of a Growing was read after append(..., last={value.shape[1]}), which gave its last rows "
+                "alone; expected the rows to be taken from append"
+            )
+        return value
 
 
 class _Append(torch.autograd.Function):
-    """All rows so far, as a view of the buffer; backward adds the old rows' gradient into the gradient buffer."""
+    """The wanted rows, as a view of the buffer; backward adds the old rows' gradient to the gradient buffer."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, anchor: Tensor, carrier: RowsCarrier, start: int) -> Tensor:
-        cast(Any, ctx).carrier, cast(Any, ctx).start, cast(Any, ctx).dtype = carrier, start, rows.dtype
-        return carrier.prefix(start + rows.shape[1])
+    def forward(ctx: FunctionCtx, rows: Tensor, anchor: Tensor, carrier: RowsCarrier, first: int, start: int) -> Tensor:
+        cast(Any, ctx).carrier, cast(Any, ctx).dtype = carrier, rows.dtype
+        cast(Any, ctx).first, cast(Any, ctx).old = first, start - first
+        return carrier.rows(first, start + rows.shape[1])
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (g,), start = grad_outputs, cast(int, cast(Any, ctx).start)
+    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (g,), old = grad_outputs, cast(int, cast(Any, ctx).old)
         carrier = cast(RowsCarrier, cast(Any, ctx).carrier)
         if not carrier.in_backward:
             refuse_escaped(g)
-        if start:
-            carrier.add_gradient(g[:, :start])
-        return g[:, start:].to(cast(Any, ctx).dtype), None, None, None
+        if old:
+            carrier.add_gradient(g[:, :old], cast(Any, ctx).first)
+        return g[:, old:].to(cast(Any, ctx).dtype), None, None, None, None
 
 
 class RowsCarrier(Carrier):
@@ -134,23 +145,23 @@ class RowsCarrier(Carrier):
     def rolls_back(self) -> bool:
         return True
 
-    def prefix(self, length: int) -> Tensor:
-        """The first rows of the buffer as a tensor of its own, so that autograd sees neither a view nor a write."""
-        view = self._buffer[:, :length]
+    def rows(self, first: int, stop: int) -> Tensor:
+        """Some rows of the buffer as a tensor of its own, so that autograd sees neither a view nor a write."""
+        view = self._buffer[:, first:stop]
         if view.device != self._device:
             return view.to(self._device, non_blocking=True)
         return torch.empty(0, dtype=view.dtype, device=view.device).set_(
             view.untyped_storage(), view.storage_offset(), view.shape, view.stride()
         )
 
-    def add_gradient(self, g: Tensor) -> None:
-        """Add to the adjoint of the first rows."""
+    def add_gradient(self, g: Tensor, first: int = 0) -> None:
+        """Add to the adjoint of the rows from `first` on."""
         self.is_intact = False
         if self._gradient is None:
             wide = torch.promote_types(self._buffer.dtype, torch.float32)
             shape = (self._buffer.shape[0], self._written, *self._buffer.shape[2:])
             self._gradient = self._store.space(shape, wide, self._device).zero_()
-        self._gradient[:, : g.shape[1]] += g.to(self._gradient.device)
+        self._gradient[:, first : first + g.shape[1]] += g.to(self._gradient.device)
 
     def _bind(self) -> Growing:
         self._lengths.put(self.span.start, self._length)
@@ -160,14 +171,15 @@ class RowsCarrier(Carrier):
         return self._bound
 
     @not_traced
-    def append(self, rows: Tensor) -> tuple[Tensor, Growing]:
+    def append(self, rows: Tensor, last: int | None = None) -> tuple[Tensor, Growing]:
         """What `Growing.append` does within a sweep."""
         if self._bound is None:
             raise ModelError(f"state {self.name}: append was called on a state of a sweep that is over")
         if self._rows is not None and not self.in_backward:
-            return _Following(rows).append(rows)
+            return _Following(0).append(rows)
         start, rows = self.length, rows.to(self._buffer.dtype)
         stop = start + rows.shape[1]
+        first = 0 if last is None else max(stop - last, 0)
         if not self.in_backward:
             self._length = stop
             self._bits = checksum(rows)
@@ -177,17 +189,17 @@ class RowsCarrier(Carrier):
         if differentiable:
             self.require_grad_mode("append")
         if not (torch.is_grad_enabled() and differentiable):
-            rows, all_rows = rows.detach(), self.prefix(stop)
+            rows, found = rows.detach(), self.rows(first, stop)
         else:
             if self._anchor is None:
                 self._anchor = torch.zeros((), device=rows.device).requires_grad_()
-            all_rows = cast(Tensor, _Append.apply(rows, self._anchor, self, start))
-        following = Growing(all_rows, _link=_Following(all_rows))
+            found = cast(Tensor, _Append.apply(rows, self._anchor, self, first, start))
+        following = Growing(found, _link=_Following(stop))
         if not self.in_backward:
             # the edge as it is now: the model may go on to write to these rows in place
             self._edge = get_gradient_edge(rows) if rows.requires_grad else None
             self._rows, self._following = rows.detach(), following
-        return all_rows, following
+        return found, following
 
     def value_of(self, state: Growing) -> Tensor:
         raise ModelError(
@@ -249,7 +261,7 @@ class RowsCarrier(Carrier):
         self._length, self.position = token, position
 
     def final(self) -> Growing:
-        return Growing(self.prefix(self._length))
+        return Growing(self.rows(0, self._length))
 
     def adjoint(self) -> Tensor | None:
         return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import wraps
@@ -11,11 +10,11 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 
 from slimgrad.errors import InputError
+from slimgrad.sweep.turn import turn
 
 P = ParamSpec("P")
 T = TypeVar("T")
 _MASK = (1 << 64) - 1
-_turn = threading.RLock()  # a process has one generator for its CPU: sweeps in other threads wait for a chunk's end
 
 
 def in_turn(function: Callable[P, T]) -> Callable[P, T]:
@@ -23,7 +22,7 @@ def in_turn(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        with _turn:
+        with turn.taken():
             return function(*args, **kwargs)
 
     return call
@@ -31,8 +30,9 @@ def in_turn(function: Callable[P, T]) -> Callable[P, T]:
 
 def draw_seed() -> int:
     """One 64-bit draw from torch's global generator: so a seeded program stays reproducible."""
-    with _turn:
-        return int(torch.randint(-(1 << 63), (1 << 63) - 1, ()).item()) & _MASK
+    with turn.taken():
+        drawn = torch.randint(-(1 << 63), (1 << 63) - 1, (), device="cpu", generator=torch.default_generator)
+        return int(drawn.item()) & _MASK
 
 
 def derive_seed(seed: int, position: int) -> int:
@@ -82,7 +82,7 @@ def seeded(seed: int, device: torch.device) -> Generator[None]:
 
     Other devices' generators are not touched. One thread at a time: others wait.
     """
-    with _turn:
+    with turn.taken():
         saved = [(generator, generator.get_state()) for generator in generators(device)]
         try:
             for generator, _ in saved:

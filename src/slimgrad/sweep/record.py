@@ -41,8 +41,8 @@ class Record:
     def state(self) -> dict[str, Any]:
         """As tensors."""
         return {
-            "positions": torch.tensor(self._positions, dtype=torch.int64),
-            "numbers": torch.tensor(self._numbers, dtype=torch.int64),
+            "positions": torch.tensor(self._positions, dtype=torch.int64, device="cpu"),
+            "numbers": torch.tensor(self._numbers, dtype=torch.int64, device="cpu"),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -101,8 +101,9 @@ class Store:
 
     def get(self, handle: Handle) -> Tensor:
         """The kept tensor, on its own device; on "device" a view of its row, so do not write to it."""
-        coming = self._coming.pop(handle, None)
-        return self._read(handle) if coming is None else coming.result()
+        coming, slab = self._coming.pop(handle, None), self._slabs[handle.slab]
+        row = slab.rows[handle.row] if coming is None else coming.result()
+        return row.to(slab.layout[-1], non_blocking=True)  # on the caller's stream
 
     def fetch(self, handle: Handle) -> None:
         """Begin to read a kept tensor that will be wanted soon: from a file, beside the computation."""
@@ -110,7 +111,7 @@ class Store:
             return
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="slimgrad-store")
-        self._coming[handle] = self._reader.submit(lambda: self._read(handle).clone())
+        self._coming[handle] = self._reader.submit(self._slabs[handle.slab].rows[handle.row].clone)
 
     def free(self, handle: Handle) -> None:
         """Give the row back."""
@@ -144,10 +145,6 @@ class Store:
             rows.copy_(saved["rows"])
             self._slabs.append(_Slab((leaf, shape, dtype, device), rows, list(saved["free"])))
 
-    def _read(self, handle: Handle) -> Tensor:
-        slab = self._slabs[handle.slab]
-        return slab.rows[handle.row].to(slab.layout[-1], non_blocking=True)
-
     def _rows(self, rows: int, layout: Layout) -> Tensor:
         _, shape, dtype, device = layout
         multiple = max(1, _ALIGNMENT_BYTES // dtype.itemsize)
@@ -159,7 +156,7 @@ class Store:
         if self._place == "device":
             return torch.empty(elements, dtype=dtype, device=device)
         if self._place == "host" or elements == 0:
-            return torch.empty(elements, dtype=dtype, pin_memory=device.type == "cuda")
+            return torch.empty(elements, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
         if self._folder is None:
             self._folder = _make_folder(self._place if isinstance(self._place, Path) else None)
             # a slab may still be mapped when the folder goes, which Windows forbids: leave the file then

@@ -87,7 +87,9 @@ class Witness:
             return
         known = self._records["value of the loss"].at(span.stop) if len(numbers) > 1 else None
         if known is not None:
-            before, now = (float(torch.tensor(x, dtype=torch.int32).view(torch.float32)) for x in (known, numbers[1]))
+            before, now = (
+                float(torch.tensor(x, dtype=torch.int32, device="cpu").view(torch.float32)) for x in (known, numbers[1])
+            )
             if abs(now - before) <= _FEW_UNITS * max(abs(now), abs(before)):
                 if not self._warned:
                     self._warned = True

@@ -1,0 +1,107 @@
+"""A Hugging Face model on the terminal: what was found and chosen, progress, what came of it; its certificate."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from slimgrad.cli.words import megabytes
+from slimgrad.errors import InputError
+from slimgrad.extras import require_extra
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+require_extra("hf", "a Hugging Face model")
+
+import datasets  # noqa: E402  # after what they read when they are imported
+import transformers  # noqa: E402
+
+from slimgrad.hf.certifying import certify  # noqa: E402
+from slimgrad.hf.tuning import Settings, Tuned, finetune, resume  # noqa: E402
+from slimgrad.hf.tuning.loading import Source  # noqa: E402
+
+
+def run_tuning(
+    model: str | None, data: str | None, *, resume: Path | None, out: Path | None, given: dict[str, Any]
+) -> None:
+    """Fine-tune, or go on with it."""
+    _quiet()
+    console = Console(highlight=False)
+
+    def say(name: str, words: str) -> None:
+        console.print(f"[bold]{name}[/]  {escape(words)}", soft_wrap=True)
+
+    shown: list[transformers.TrainerCallback] = [_Progress(console)]
+    if resume is not None:
+        if out is not None and out != resume:
+            raise InputError(f"--out {out}: --resume {resume} goes on in its own folder. Leave --out out")
+        named = {name: value for name, value in (("model", model), ("data", data)) if value is not None}
+        tuned = _resume(resume, {**named, **given}, say=say, callbacks=shown)
+    else:
+        assert model is not None
+        assert data is not None
+        tuned = finetune(Settings(model=model, data=data, **given), out=out, say=say, callbacks=shown)
+    _show(console, tuned)
+
+
+_resume = resume
+
+
+def run_certification(model: str) -> bool:
+    """Print a model's certificate; return whether it is exact in chunks."""
+    _quiet()
+    certificate = certify(Source.open(model).blank)
+    print(certificate)
+    return certificate.is_exact
+
+
+def _quiet() -> None:
+    """What these libraries tell each other is not for the user."""
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    for package in ("transformers", "peft", "accelerate", "datasets", "bitsandbytes", "torch"):
+        warnings.filterwarnings("ignore", module=rf"{package}(\.|$)")
+
+
+def _show(console: Console, tuned: Tuned) -> None:
+    console.print(
+        f"\n{tuned.steps:,} steps, {tuned.seconds:.0f} s, at most [bold]{megabytes(tuned.peak_bytes)}[/] held; the "
+        f"{'adapter' if tuned.is_adapter else 'model'} and its tokenizer are in [bold]{escape(str(tuned.path))}[/], "
+        "and load without slimgrad:",
+        soft_wrap=True,
+    )
+    for line in tuned.how_to_load():
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+class _Progress(transformers.TrainerCallback):
+    """A bar over the steps, with the loss, tokens per second and memory."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeRemainingColumn(), TextColumn("left"))
+        self._bar, self._task = Progress(*columns, console=console), TaskID(0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the bar."""
+        self._task = self._bar.add_task("the first step", total=state.max_steps, completed=state.global_step)
+        self._bar.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """After each step."""
+        if not logs or "loss" not in logs:
+            return
+        speed, peak = logs.get("train_tokens_per_second"), logs.get("peak_memory_mb")
+        words = f"step {state.global_step:,}  loss {logs['loss']:.3f}"
+        words += "" if speed is None else f"  {speed:,.0f} tokens/s"
+        words += "" if peak is None else f"  {peak:,} MB"
+        self._bar.update(self._task, completed=state.global_step, description=words)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the bar as it is."""
+        self._bar.stop()

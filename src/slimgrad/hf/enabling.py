@@ -1,0 +1,98 @@
+"""`enable`: a Hugging Face model whose training runs in chunks, in whichever trainer it is used."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from slimgrad.call.arguments import DEFAULT_CHUNK
+from slimgrad.errors import InputError, ModelError
+from slimgrad.hf.certificate import Certificate
+from slimgrad.hf.certifying import certify
+from slimgrad.hf.forwards import enabled, install, refuse_modules, uninstall
+from slimgrad.hf.smoke import require_same_outputs
+from slimgrad.sweep.schedules.base import Schedule
+
+
+def enable(
+    model: nn.Module,
+    *,
+    chunk: int = DEFAULT_CHUNK,
+    schedule: Schedule | None = None,
+    certificate: Certificate | None = None,
+    check: bool = True,
+) -> nn.Module:
+    """Train `model` in chunks from now on: exact gradients, in memory of one chunk's graph.
+
+    Works with the model's own `loss.backward()`, transformers' Trainer, TRL's trainers, Accelerate, PEFT (before or
+    after `get_peft_model`), DistributedDataParallel around the model, and FSDP2 with the root as its unit.
+
+    Args:
+        model: a transformers model, or a PEFT model around one.
+        chunk: tokens whose graph lives at once.
+        schedule: how states are found again (see docs/schedules.md); `Rebuild(rows="host")` keeps keys and values in
+            host memory.
+        certificate: of `certify`; None: looked up, or made in about two seconds.
+        check: also compare the model itself, with its weights and what has been put on it, whole and in chunks, over 64
+            tokens forward (see `smoke`).
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ModelError: the model's class is not exact in chunks, or nobody can say, or this model is not: the reason, and
+            what to do.
+        InputError: it is enabled already.
+
+    Cost: plain backpropagation and one more forward pass of the base model; memory of one chunk's graph, the state
+    (keys and values for full attention, linear in the length), hidden states `[batch, time, width]` and their gradient.
+
+    Example:
+        >>> slimgrad.hf.enable(model, chunk=4096)
+        >>> model(input_ids=ids, labels=ids).loss.backward()
+    """
+    inner = _inner(model)
+    if enabled(inner):
+        raise InputError("the model is enabled already; expected slimgrad.hf.disable(model) before it is enabled anew")
+    certificate = certificate or certify(inner)
+    certificate.require_exact()
+    base = inner.get_submodule(certificate.base)
+    refuse_modules(base)
+    _refuse_wrapped(base)
+    step = install(inner, certificate, chunk=chunk, schedule=schedule)
+    if check:
+        try:
+            require_same_outputs(inner, step)
+        except BaseException:
+            uninstall(inner)
+            raise
+    return model
+
+
+def disable(model: nn.Module) -> nn.Module:
+    """The model as it was before `enable`.
+
+    Raises:
+        InputError: it is not enabled.
+    """
+    if not uninstall(_inner(model)):
+        raise InputError("the model is not enabled; expected one that slimgrad.hf.enable was called on")
+    return model
+
+
+def _refuse_wrapped(base: nn.Module) -> None:
+    forward = base.__dict__.get("forward")
+    if forward is not None and "_slimgrad" not in base.__dict__:
+        raise ModelError(
+            f"{type(base).__name__} has a forward on its instance ({getattr(forward, '__qualname__', forward)!s:.80}), "
+            "which chunks would pass by. Expected slimgrad.hf.enable(model) before whoever wraps the model "
+            "(Accelerate's prepare does)"
+        )
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The transformers model within PEFT's."""
+    get = getattr(model, "get_base_model", None)
+    inner = get() if callable(get) else model
+    if not isinstance(inner, nn.Module) or not hasattr(inner, "config"):
+        raise ModelError(f"expected a transformers model, got {type(model).__name__}")
+    return inner

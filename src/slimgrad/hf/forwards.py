@@ -1,0 +1,301 @@
+"""The two forwards that `enable` puts on a model's instance; nothing in transformers is replaced.
+
+That of the base model returns, in training, hidden states whose backward is the reverse sweep: whoever owns head and
+loss keeps them. That of the causal model, given labels, takes its head in pieces. Everything else (generation,
+evaluation, saving) is the model as it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils.generic import ModelOutput
+
+from slimgrad import api
+from slimgrad.errors import InputError, ModelError
+from slimgrad.hf import mends
+from slimgrad.hf.batch import padding_token, read_batch, refuse_targets_at_padding
+from slimgrad.hf.certificate import Certificate
+from slimgrad.hf.head import IGNORED, linear_loss, loss_in_pieces
+from slimgrad.hf.rope import depends_on_length
+from slimgrad.hf.step import BaseStep
+from slimgrad.sweep.schedules.base import Schedule
+
+_PLACE = "_slimgrad"  # where a module keeps its forward of ours, also below what somebody has put around it since
+F_ = TypeVar("F_", bound="BaseForward | CausalForward")
+
+
+def install(inner: nn.Module, certificate: Certificate, *, chunk: int, schedule: Schedule | None = None) -> BaseStep:
+    """Replace the forwards, whatever the certificate says; the step that they run."""
+    step = mends.step_for(inner, certificate, chunk=chunk)
+    on_base = _put(BaseForward(step.base, step, certificate, schedule))
+    if step.base is not inner and certificate.head is not None:
+        _put(CausalForward(inner, on_base, certificate))
+    return step
+
+
+def _put(forward: F_) -> F_:
+    """Put a forward on its module; one that somebody has wrapped since it was disabled goes on below the wrapper."""
+    module = forward.module
+    known = module.__dict__.get(_PLACE)
+    if known is None:
+        module.__dict__[_PLACE] = module.forward = forward
+    else:
+        vars(known).update(vars(forward), previous=known.previous)
+        forward = known
+    module.__dict__["_replicate_for_data_parallel"] = _refuse_data_parallel
+    return forward
+
+
+def _refuse_data_parallel(*args: Any) -> Any:
+    raise ModelError(
+        "torch.nn.DataParallel copies the model per device, and the copies would run on the original's weights. "
+        "Expected DistributedDataParallel (torchrun), or CUDA_VISIBLE_DEVICES with one device"
+    )
+
+
+def uninstall(inner: nn.Module) -> bool:
+    """Put back what was there; whether anything was replaced."""
+    found = enabled(inner)
+    for ours in found:
+        module = ours.module
+        if module.__dict__.get("forward") is not ours:  # somebody has wrapped it since: it stays, and passes on
+            ours.active = False
+        else:
+            del module.__dict__[_PLACE]
+            del module.forward
+            if ours.previous is not None:
+                module.forward = ours.previous
+        del module.__dict__["_replicate_for_data_parallel"]
+    for module in inner.modules():
+        if isinstance(module.__dict__.get("forward"), mends.MendedForward):
+            del module.forward
+    return bool(found)
+
+
+def enabled(model: nn.Module) -> list[BaseForward | CausalForward]:
+    """The forwards of ours that are active in `model`."""
+    found = [module.__dict__.get(_PLACE) for module in model.modules()]
+    return [one for one in found if one is not None and one.active]
+
+
+@contextmanager
+def evaluated_in_chunks(model: nn.Module) -> Generator[None]:
+    """Within the block an enabled model is swept in eval mode and without gradients as well: a loss over any length
+    without its logits, or activations of the whole length.
+    """
+    forwards = [one for one in enabled(model) if not one.evaluates]
+    try:
+        for one in forwards:
+            one.evaluates = True
+        yield
+    finally:
+        for one in forwards:
+            one.evaluates = False
+
+
+class _Forward:
+    """A forward on an instance: an object of a class, so that copies and pickles of the module carry their own.
+
+    Attributes:
+        module: whose forward it is.
+        previous: what was on the instance before (Accelerate, TRL), or None for the class' own.
+        active: False after `disable` where somebody wrapped it.
+        evaluates: whether calls outside of training are swept as well.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.previous, self.active = module, module.__dict__.get("forward"), True
+        self.evaluates = False
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        whole = inspect.signature(type(self.module).forward)
+        return whole.replace(parameters=list(whole.parameters.values())[1:])
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """As a function of the module, which is what Accelerate wraps and binds anew: it holds nothing, so that a copy
+        of the module runs its own.
+        """
+
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return module.__dict__[_PLACE](*args, **kwargs)
+
+        forward.__dict__["__signature__"] = inspect.signature(type(self.module).forward)
+        return forward
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that was replaced."""
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return cast(Any, type(self.module)).forward(self.module, *args, **kwargs)
+
+    def is_training(self) -> bool:
+        """Whether this call is one to sweep."""
+        return self.active and (self.evaluates or (self.module.training and torch.is_grad_enabled()))
+
+    def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name."""
+        return {**self.__signature__.bind_partial(*args).arguments, **kwargs}
+
+
+class BaseForward(_Forward):
+    """The base model's: in training and without a cache, hidden states whose backward is the reverse sweep."""
+
+    def __init__(self, base: nn.Module, step: BaseStep, certificate: Certificate, schedule: Schedule | None) -> None:
+        super().__init__(base)
+        self.step, self.certificate, self.schedule = step, certificate, schedule
+        self.handed_out: Tensor | None = None  # hidden states that the head is asked for, instead of a pass
+        self.sweeps = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.handed_out is not None:
+            return self.step.output_type(last_hidden_state=self.handed_out)
+        if not self.is_training():
+            return self.original(*args, **kwargs)
+        refuse_modules(self.module)
+        given, config, step = self.by_name(args, kwargs), self.step.config, self.step
+        padding = padding_token(config) if self.certificate.counts_padding else None
+        batch = read_batch(given, config, padding=padding, takes_positions=step.takes_positions)
+        step.routes = bool(given.get("output_router_logits", getattr(config, "output_router_logits", False)))
+        outputs = self.swept(batch.sequences)
+        hidden = batch.assembled([one["last_hidden_state"] for one in outputs])
+        found = step.output_type(last_hidden_state=hidden)
+        if step.routes:
+            each = zip(*[one["router_logits"] for one in outputs], strict=True)
+            found["router_logits"] = tuple(batch.assembled(list(parts)).flatten(0, 1) for parts in each)
+        return found
+
+    def swept(self, sequences: list[dict[str, Tensor]], chunk: int | None = None) -> list[Any]:
+        """What the step gives along each sequence."""
+        states: list[Any] | None = None
+        if depends_on_length(self.module):
+            states = []
+            for one in sequences:
+                rows, time = next(iter(one.values())).shape[:2]
+                states.append({**self.step.initial_state(rows), "total": time})
+        self.sweeps += len(sequences)
+        return api.outputs(self.step, sequences, chunk=chunk or self.step.chunk, schedule=self.schedule, state=states)
+
+
+class NoLogitsError(InputError, AttributeError):
+    """Logits that were never there; for `hasattr` they are absent."""
+
+
+@dataclass
+class LossOutput(ModelOutput):
+    """What a causal model's forward returns in training: the loss. Its logits were never all there at once.
+
+    Attributes:
+        loss: 0-d.
+        past_key_values, hidden_states, attentions: None, as in transformers' own outputs.
+    """
+
+    loss: Tensor | None = None
+    past_key_values: None = None
+    hidden_states: None = None
+    attentions: None = None
+
+    @property
+    def logits(self) -> Any:
+        """Not there: says so."""
+        raise NoLogitsError(
+            "the logits of a forward with labels are not kept in training, where the head is taken in pieces. Expected "
+            "them from a forward in eval mode, without labels, or after slimgrad.hf.disable(model)"
+        )
+
+
+class CausalForward(_Forward):
+    """The causal model's: given labels in training, its head in pieces."""
+
+    def __init__(self, inner: nn.Module, base: BaseForward, certificate: Certificate) -> None:
+        super().__init__(inner)
+        self.base, self.certificate = base, certificate
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = self.by_name(args, kwargs)
+        if not self.is_training() or not self._takes_pieces(given):
+            return self.original(*args, **kwargs)
+        labels, count, shifted = (given.pop(name, None) for name in ("labels", "num_items_in_batch", "shift_labels"))
+        if shifted is None:
+            shifted = F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if self.certificate.shifts_labels else labels
+        refuse_targets_at_padding(shifted, given.get("attention_mask"))
+        hidden = self.base.module(**given).last_hidden_state
+        shifted = shifted.to(hidden.device)
+        total = self._summed(hidden, shifted)
+        if count is None:
+            count = (shifted != IGNORED).sum()
+        elif isinstance(count, Tensor):
+            count = count.to(total.device)
+        return LossOutput(loss=total / count)
+
+    def _takes_pieces(self, given: dict[str, Any]) -> bool:
+        """Whether the loss is the cross-entropy that the certificate has seen; else the model computes its own, and so
+        does a forward that was there before (Accelerate's autocast, TRL's own head).
+        """
+        if given.get("labels") is None or self.certificate.head == "whole" or self.previous is not None:
+            return False
+        if given.get("output_router_logits", getattr(self.base.step.config, "output_router_logits", False)):
+            return False
+        if given.pop("return_dict", None) is False or not cast(Any, self.module).config.return_dict:
+            return False
+        if not self.certificate.shifts_labels and {"num_items_in_batch", "shift_labels"} & given.keys():
+            return False  # a loss of the class' own, which looks at neither
+        keeps = given.pop("logits_to_keep", 0)
+        named = getattr(self.module, "loss_function", ForCausalLMLoss)
+        return named is ForCausalLMLoss and "ignore_index" not in given and isinstance(keeps, int) and keeps == 0
+
+    def _summed(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        head = cast(Any, self.module).get_output_embeddings()
+        if self.certificate.head == "linear" and _is_plain(head):
+            return linear_loss(hidden.flatten(0, 1), targets.flatten(), head)
+        below = {id(p) for p in self.base.module.parameters()}
+        own = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set[int]()
+        parameters = [p for p in self.module.parameters() if p.requires_grad and (id(p) not in below or id(p) in own)]
+        if not torch.is_grad_enabled():
+            parameters = []
+        return loss_in_pieces(hidden, targets, self.logits_of, parameters)
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """The model's own head: its forward around a base that hands out `hidden` `[batch, time, width]`."""
+        self.base.handed_out = hidden
+        try:
+            return self.original(inputs_embeds=hidden, use_cache=False).logits
+        finally:
+            self.base.handed_out = None
+
+
+def refuse_modules(base: nn.Module) -> None:
+    """Raise where a module cannot run in chunks: its weights are replaced while it runs, or it counts tokens."""
+    for name, module in base.named_modules():
+        if hasattr(module, "_hf_hook"):
+            raise ModelError(
+                f"{name or type(module).__name__} has a hook of Accelerate's that moves weights between devices "
+                "(device_map, offload), so a chunk's gradient would go to copies. Load the model on one device"
+            )
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            raise ModelError(
+                f"{name or type(module).__name__} is a unit of fully_shard, which replaces its weights when it runs: "
+                "in chunks their gradients would be lost. Expected the whole model as the only unit: "
+                "fully_shard(model), on a model with a head, without sharding the layers below it"
+            )
+        if any("alora" in type(x).__name__.lower() for x in getattr(module, "lora_variant", dict[str, Any]()).values()):
+            raise ModelError(
+                f"{name} is an activated LoRA (alora_invocation_tokens), which counts tokens from the end of what it "
+                "is given, in chunks from the end of a chunk. Expected LoRA without invocation tokens"
+            )
+
+
+def _is_plain(head: Any) -> bool:
+    """Whether a head is a linear layer that nobody has put something around."""
+    around = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
+    return type(head) is nn.Linear and not around and "forward" not in head.__dict__

@@ -1,0 +1,115 @@
+"""A look at the model itself, once: its hidden states whole against in chunks, forward, over a few tokens.
+
+The certificate is of the class, small and in float64. What it cannot see is what was put on this model: weights that
+overflow, adapters, replaced layers, kernels of this device. Here a difference is measured against that of two ways to
+run the model whole, eager against sdpa, since both are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from slimgrad import api
+from slimgrad.errors import ModelError
+from slimgrad.hf.attention import attending, configs_of
+from slimgrad.hf.batch import padding_token
+from slimgrad.hf.rope import depends_on_length
+from slimgrad.hf.step import BaseStep
+from slimgrad.sweep.random import seeded
+
+_TOKENS, _CHUNK = 64, 24
+_TIMES_YARDSTICK = 10
+_FLOORS = {torch.float16: 4, torch.bfloat16: 4}  # in units of the dtype's own rounding; else 30 of float32's
+
+
+def require_same_outputs(inner: nn.Module, step: BaseStep) -> None:
+    """Compare the base's hidden states whole and in chunks, on the model's own weights.
+
+    Modes, generators and gradients are as they were.
+
+    Args:
+        inner: the model.
+        step: its base as a causal step, as it is trained.
+
+    Raises:
+        ModelError: they differ by more than rounding.
+
+    Cost: four forward passes over 64 tokens.
+    """
+    weights = list(step.base.parameters())
+    if any(p.device.type == "meta" or hasattr(p, "device_mesh") for p in weights):
+        raise ModelError(
+            "the model's weights are not all here (on the meta device, or sharded), so that it cannot be run for a "
+            "check. Enable it before it is sharded, or slimgrad.hf.enable(model, check=False)"
+        )
+    device = weights[0].device
+    with torch.no_grad(), seeded(0, device), _evaluating(step.base):
+        inputs = {"input_ids": _tokens(step, device)}
+        own, *others = [_whole(step, inputs, way) for way in _ways(inner)]
+        state = None
+        if depends_on_length(step.base):
+            state = {**step.initial_state(1), "total": inputs["input_ids"].shape[1]}
+        chunks = api.outputs(step, inputs, chunk=_CHUNK, state=state)["last_hidden_state"]
+    if not bool(own.isfinite().all()):
+        raise ModelError(
+            f"hidden states of this {type(inner).__name__} are not finite in one pass over {own.shape[1]} random tokens "
+            "already, without slimgrad; expected weights that can be trained"
+        )
+    yardstick = max((_distance(other, own) for other in others), default=0.0)
+    floor = _FLOORS.get(own.dtype, 0) * torch.finfo(own.dtype).eps or 30 * torch.finfo(torch.float32).eps
+    allowed, found = max(_TIMES_YARDSTICK * yardstick, floor), _distance(chunks, own)
+    if not found <= allowed:
+        raise ModelError(
+            f"hidden states of this {type(inner).__name__} in chunks differ from those in one pass by {found:.1e}, "
+            f"where {allowed:.1e} is expected of rounding ({own.dtype}; eager and sdpa differ by {yardstick:.1e}). Its "
+            "class is exact, so something on this model looks across tokens: an adapter, a replaced layer, a hook. "
+            "Without this check: slimgrad.hf.enable(model, check=False)"
+        )
+
+
+@contextmanager
+def _evaluating(base: nn.Module) -> Generator[None]:
+    """Nothing random. Layers of bitsandbytes stay as they are: in eval mode, on a CPU, they repack their weights for
+    good.
+    """
+    others = [m for m in base.modules() if not type(m).__module__.startswith("bitsandbytes")]
+    modes = [(module, module.training) for module in others]
+    for module in others:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _tokens(step: BaseStep, device: torch.device) -> Tensor:
+    """Random ones, none of which is padding, by which some models count positions."""
+    config = step.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or _TOKENS
+    tokens = torch.randint(config.vocab_size, (1, min(_TOKENS, most)), device=device)
+    padding = padding_token(config)
+    return tokens if padding is None else tokens.masked_fill(tokens == padding, (padding + 1) % config.vocab_size)
+
+
+def _ways(inner: nn.Module) -> list[str | None]:
+    """Its own attention (None), and another."""
+    own = cast(Any, inner).config._attn_implementation
+    if own != "eager":
+        return [None, "eager"]
+    return [None, "sdpa"] if getattr(inner, "_supports_sdpa", False) else [None]
+
+
+def _whole(step: BaseStep, inputs: dict[str, Tensor], attention: str | None) -> Tensor:
+    with step.around(), attending(configs_of(step.base), attention):
+        return step.original(**inputs, use_cache=False).last_hidden_state
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    wide = torch.promote_types(b.dtype, torch.float32)
+    return ((a.to(wide) - b.to(wide)).norm() / b.to(wide).norm()).item()

@@ -1,0 +1,47 @@
+"""Every cast to a narrow float inside a model becomes one to float64, so that a comparison in float64 means something.
+
+Many models cast to float32 inside (normalisation, rotary angles, state-space decays), where float64 gradients of two
+right computations still differ by 1e-7. Nothing in the model is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_NARROW = {torch.float32, torch.float16, torch.bfloat16}
+_CASTS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
+
+
+class _Widened(TorchFunctionMode):
+    """Replaces narrow dtypes among the arguments of torch's functions."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in _CASTS:
+            return args[0].double()
+        wide = {name: torch.float64 if _is_narrow(x) else x for name, x in (kwargs or {}).items()}
+        return func(*[torch.float64 if _is_narrow(x) else x for x in args], **wide)
+
+
+def _is_narrow(x: Any) -> bool:
+    return isinstance(x, torch.dtype) and x in _NARROW
+
+
+@contextmanager
+def widened() -> Generator[None]:
+    """Within the block casts widen, and new tensors are float64. A backward pass leaves the block: what runs a model
+    within one enters it anew.
+    """
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Widened():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
