@@ -10,9 +10,6 @@ gradients against the eager sweep's, over the same model in the same process.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import time
 from statistics import median
 from typing import Any
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 
 import slimgrad as sg
 from benchmarks.measure import save
+from slimgrad.budget.measure import call_in_child
 from slimgrad.models import Performer, PerformerConfig
 
 CASES = {
@@ -100,16 +98,10 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        print(json.dumps(measure(arguments.child, arguments.repeats)))
-        return
     rows: list[dict[str, Any]] = []
     for name in CASES:
-        command = [sys.executable, "-m", "benchmarks.compiled", "--child", name, "--repeats", str(arguments.repeats)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        rows.append(call_in_child("benchmarks.compiled:measure", {"name": name, "repeats": arguments.repeats}))
         print(rows[-1], flush=True)
         save("compiled", rows)
 

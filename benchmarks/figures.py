@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.measure import RESULTS
 from slimgrad.paper import report
+from slimgrad.paper.catalogue import labelled
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
@@ -153,7 +154,8 @@ LONGER, BOOKS, TRAINED = "reproduce-copying/rows", "reproduce-books/rows", "repr
 
 def reproduce_table(results: dict[str, Any]) -> str:
     """One line for each of the paper's experiments, and for what stands beyond them."""
-    found = {name: make([row for row in results["rows"] if "result" in row]) for name, make in report.TABLES.items()}
+    rows = labelled(results["rows"])
+    found = {name: make([row for row in rows if "result" in row]) for name, make in report.TABLES.items()}
     costs = {
         (cost["configuration"], cost["malloc"]): cost["of_plain_memory"]
         for cost in found["tradeoff-memory"]
@@ -188,14 +190,14 @@ def reproduce_table(results: dict[str, Any]) -> str:
     ]
     lines += compatibility_lines(found["compatibility"])
     for more in (LONGER, BOOKS):
-        lines += compatibility_lines(report.TABLES["compatibility"](load(more)["rows"]))
+        lines += compatibility_lines(report.TABLES["compatibility"](labelled(load(more)["rows"])))
     chunked, plain = load("spike")["rows"]
     lines.append(
         f"| c: the spike of copying's curve at C = 128 | {max(chunked['bits']):.2f} bits at step "
         f"{at_largest(chunked):,}; plain backpropagation from the same state {max(plain['bits']):.2f} at step "
         f"{at_largest(plain):,}; gradients at most {max(chunked['off_plain']):.0e} apart |"
     )
-    lines += finetuning_lines(results["rows"]) + finetuning_lines(load(TRAINED)["rows"])
+    lines += finetuning_lines(rows) + finetuning_lines(labelled(load(TRAINED)["rows"]))
     far = max(entry["horizon"] for entry in found["horizon"])
     right = [f"{e['gradient']} {e['accuracy']:.0%} right" for e in found["horizon"] if e["horizon"] == far]
     lines.append(f"| e: a memory of {far:,} tokens, in chunks of 64 | {', '.join(right)} |")
@@ -210,8 +212,8 @@ def compatibility_lines(entries: list[dict[str, Any]]) -> list[str]:
     lines: list[str] = []
     for task in dict.fromkeys(entry["task"] for entry in entries):
         runs = [entry for entry in entries if entry["task"] == task]
-        plain = next(entry for entry in runs if entry["regime"] == "plain-seed0")
-        seeds = [entry for entry in runs if entry["regime"].startswith("plain") and entry is not plain]
+        plain = next(entry for entry in runs if (entry["way"], entry["seed"]) == ("plain", 0))
+        seeds = [entry for entry in runs if entry["way"] == "plain" and entry is not plain]
         mixed = [entry for entry in runs if entry is not plain and entry not in seeds]
         found = [f"plain {plain['final_bits']:.4f}", f"chunked and half {span(mixed, 'final_bits', '.4f')}"]
         if seeds:

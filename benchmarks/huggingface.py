@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from benchmarks.measure import RESULTS, save
-from slimgrad.paper.peak import MALLOC, describe_machine, measure_peak
+from slimgrad.budget.measure import MALLOC, measure_peak
+from slimgrad.paper.machine import describe_machine
 
 METHODS = ("plain", "checkpointing", "ours", "ours+checkpointing")
 QWEN3 = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151_936, "max_position_embeddings": 1 << 20}

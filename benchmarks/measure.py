@@ -1,13 +1,11 @@
 """Measuring one gradient: resident memory in a child process, live tensor bytes, FLOPs, time.
 
-Every figure comes with what it was measured on. `python -m benchmarks.measure '<json of a Case>'` is the child.
+Every figure comes with what it was measured on.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 import weakref
@@ -23,10 +21,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import slimgrad as sg
+from slimgrad.budget.measure import MALLOC, call_in_child, measure_peak
 from slimgrad.bytelm.gradient import layers_computed_twice
-from slimgrad.call.losses import cross_entropy_sum
-from slimgrad.models import Performer, PerformerConfig, get_preset
-from slimgrad.paper.peak import MALLOC, describe_machine, measure_peak
+from slimgrad.bytelm.presets import get_preset
+from slimgrad.models import Performer, PerformerConfig
+from slimgrad.paper.machine import describe_machine
+from slimgrad.verification.reference import plain_backward
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = "small"
@@ -59,8 +59,7 @@ class Case:
             sg.backward(model, tokens, targets, chunk=self.chunk, schedule=SCHEDULES[self.method]())
             return
         with layers_computed_twice(model) if self.method == "checkpoint" else nullcontext():
-            outputs, _ = model(tokens, model.initial_state(1))
-            (cross_entropy_sum(outputs, targets) / targets.numel()).backward()
+            plain_backward(model, tokens, targets)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -114,17 +113,18 @@ def count_live_bytes(case: Case) -> int:
     return live.peak
 
 
-def measure_child(case: Case) -> dict[str, float]:
-    """What the child process prints: peak resident bytes above those before the gradient, and its seconds (Linux).
+def measure_child(case: dict[str, Any]) -> dict[str, float]:
+    """In the child process: peak resident bytes above those before the gradient, and its seconds (Linux).
 
     From the kernel's high-water mark of this address space, reset first. `getrusage` would not do: its maximum survives
     fork and exec, so a child starts with its parent's.
     """
-    model, tokens, targets = case.build()
+    one = Case(**case)
+    model, tokens, targets = one.build()
     # what is loaded and filled once (kernels, thread pools, Python's free lists) is not the gradient's
-    warm = Case(model=case.model, length=2048 if case.chunk else 64, method=case.method, chunk=min(case.chunk, 8))
+    warm = Case(model=one.model, length=2048 if one.chunk else 64, method=one.method, chunk=min(one.chunk, 8))
     warm.gradient(*warm.build())
-    peak, seconds = measure_peak(lambda: case.gradient(model, tokens, targets))
+    peak, seconds = measure_peak(lambda: one.gradient(model, tokens, targets))
     if peak is None:
         raise SystemExit("resident memory: expected Linux's /proc, which tells it")
     return {"resident_bytes": peak, "seconds": seconds}
@@ -132,10 +132,7 @@ def measure_child(case: Case) -> dict[str, float]:
 
 def run_child(case: Case, malloc: str) -> dict[str, float]:
     """Measure `case` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.measure", json.dumps(asdict(case))]
-    environment = {**os.environ, **MALLOC[malloc]}
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return call_in_child("benchmarks.measure:measure_child", {"case": asdict(case)}, environment=MALLOC[malloc])
 
 
 def save(name: str, rows: list[dict[str, Any]]) -> Path:
@@ -154,7 +151,3 @@ def timed() -> Iterator[list[float]]:
     start = time.perf_counter()
     yield seconds
     seconds.append(time.perf_counter() - start)
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure_child(Case(**json.loads(sys.argv[1])))))

@@ -9,16 +9,13 @@ the method cannot go under (s layers, N chunks).
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import time
+from functools import partial
 from statistics import median
 from typing import Any
 
-from benchmarks.measure import MALLOC, Case, count_flops, save
-from slimgrad.models import get_preset
+from benchmarks.measure import Case, count_flops, save
+from slimgrad.budget.measure import MALLOC, call_in_child, measure_in_turn
+from slimgrad.bytelm.presets import get_preset
 
 CASES = {"I": (8192, (1024, 256)), "II": (1024, (256,)), "III": (4096, (512, 256))}
 
@@ -33,36 +30,26 @@ def measure(name: str, repeats: int) -> dict[str, list[float]]:
     cases = {"plain": Case(model=name, length=length, method="plain")}
     cases |= {str(c): Case(model=name, length=length, method="rebuild", chunk=c) for c in chunks}
     model, tokens, targets = cases["plain"].build()
-    seconds: dict[str, list[float]] = {key: [] for key in cases}
-    for round_ in range(repeats + 1):
-        for key, case in cases.items():
-            model.zero_grad(set_to_none=True)
-            start = time.perf_counter()
-            case.gradient(model, tokens, targets)
-            if round_:  # the first round warms up
-                seconds[key].append(time.perf_counter() - start)
-    return seconds
+
+    def gradient(case: Case) -> None:
+        model.zero_grad(set_to_none=True)
+        case.gradient(model, tokens, targets)
+
+    return measure_in_turn({key: partial(gradient, case) for key, case in cases.items()}, repeats)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        print(json.dumps(measure(arguments.child, arguments.repeats)))
-        return
     rows: list[dict[str, Any]] = []
     for name, (length, chunks) in CASES.items():
         layers = get_preset(name).model.layers
         plain_flops = count_flops(Case(model=name, length=length, method="plain"))
         flops = {c: count_flops(Case(model=name, length=length, method="rebuild", chunk=c)) for c in chunks}
         for malloc in ("default", "warm"):
-            command = [sys.executable, "-m", "benchmarks.speed", "--child", name, "--repeats", str(arguments.repeats)]
-            done = subprocess.run(
-                command, env={**os.environ, **MALLOC[malloc]}, check=True, capture_output=True, text=True
-            )
-            seconds = json.loads(done.stdout.splitlines()[-1])
+            task = {"name": name, "repeats": arguments.repeats}
+            seconds = call_in_child("benchmarks.speed:measure", task, environment=MALLOC[malloc])
             for chunk in chunks:
                 ratios = [ours / plain for ours, plain in zip(seconds[str(chunk)], seconds["plain"], strict=True)]
                 rows.append(

@@ -16,10 +16,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 from time import process_time
@@ -31,7 +27,7 @@ from torch import Tensor, nn
 
 import slimgrad as sg
 from benchmarks.measure import LiveBytes, save
-from slimgrad.paper.peak import MALLOC, measure_peak
+from slimgrad.budget.measure import MALLOC, call_in_child, measure_peak
 
 CHUNK = 65_536
 SHORT = 256  # tokens of a chunk where bytes for each are told: so many chunks that one byte more would show
@@ -143,22 +139,21 @@ MEASURES = {"time": measure_time, "tensors": measure_tensors, "per chunk": measu
 
 def run_child(what: str, length: int, malloc: str = "default") -> dict[str, Any]:
     """Measure in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.stream", "--child", what, "--tokens", str(length)]
-    done = subprocess.run(command, env={**os.environ, **MALLOC[malloc]}, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return call_in_child("benchmarks.stream:measured", {"what": what, "length": length}, environment=MALLOC[malloc])
+
+
+def measured(*, what: str, length: int) -> dict[str, Any]:
+    """In the child."""
+    torch.set_num_threads(1)
+    return MEASURES[what](length)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=float, default=LENGTHS[-1], help="the longest sequence")
     parser.add_argument("--quick", action="store_true", help="no more than 10^6 tokens")
-    parser.add_argument("--child", choices=MEASURES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     longest = int(min(arguments.tokens, 10**6) if arguments.quick else arguments.tokens)
-    if arguments.child:
-        print(json.dumps(MEASURES[arguments.child](longest)))
-        return
     rows: list[dict[str, Any]] = []
     for length in [length for length in LENGTHS if length < longest] + [longest]:
         row: dict[str, Any] = {"what": "length", "length": length, "chunk": CHUNK, "chunks": -(-length // CHUNK)}

@@ -20,8 +20,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.measure import save
+from slimgrad.budget.process import resident_bytes
 from slimgrad.bytelm import open_model, stream
-from slimgrad.bytelm.memory import resident_bytes
 
 
 def describe(run: Path) -> str:

@@ -30,6 +30,7 @@ import slimgrad as sg
 from benchmarks.measure import Case, save
 from slimgrad.models import Performer, PerformerConfig
 from slimgrad.states.accumulator import Accumulator
+from slimgrad.verification.reference import plain_backward
 
 SCALES = [0, -12, -24, -40, -60]  # powers of two
 CONTRIBUTIONS, ELEMENTS = 500, 64
@@ -152,10 +153,7 @@ def widen(leaf: Any) -> Any:
 
 def plain(model: nn.Module, tokens: Tensor, state: Any = None) -> nn.Module:
     """Plain backpropagation into `model`, which is returned."""
-    outputs, _ = model(tokens, model.initial_state(len(tokens)) if state is None else state)
-    targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
-    total = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-    (total / int((targets != -100).sum())).backward()
+    plain_backward(model, tokens, state=state)
     return model
 
 

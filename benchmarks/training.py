@@ -22,8 +22,9 @@ from typing import Any
 from benchmarks.measure import save
 from slimgrad.bytelm.config import TrainConfig
 from slimgrad.bytelm.folder import read_record, read_rows
+from slimgrad.bytelm.presets import get_preset
 from slimgrad.bytelm.row import Row
-from slimgrad.models import Performer, get_preset
+from slimgrad.models import Performer
 
 METHODS = ("plain", "checkpoint", "chunked")
 # the paper's layers (square features, normaliser, one token embedded, layer norm on outputs) in the modern preset's

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from slimgrad.bytelm import Row, RunFolder, TrainConfig, train
+from slimgrad.bytelm.presets import get_preset
 from slimgrad.data import Corpus, Documents
-from slimgrad.models import PerformerConfig, get_preset
+from slimgrad.models import PerformerConfig
 from slimgrad.runs.snapshot import list_snapshots
 
 TINY_MODEL: PerformerConfig = dataclasses.replace(get_preset("modern").model, layers=2, width=16, heads=2)

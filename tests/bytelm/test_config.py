@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from slimgrad import InputError
-from slimgrad.bytelm import TrainConfig, config_for, with_settings
-from slimgrad.models import PRESETS, get_preset
+from slimgrad.bytelm import TrainConfig, with_settings
+from slimgrad.bytelm.presets import PRESETS, get_preset
 from tests.bytelm.settings import tiny
 
 
@@ -90,6 +90,11 @@ def test_settings_reach_every_field_by_its_name() -> None:
         ("model.depth=3", "--set model.depth=3: expected model.NAME=VALUE with one of"),
         ("warmup=long", "configuration: warmup: Input should be a valid number"),
         ("warmup=2", "warmup=2.0: expected a fraction between 0 and 1"),
+        ("model.norm=odd", "configuration: model.norm: Input should be 'output', 'pre' or 'rms'"),
+        ("model.width=wide", "configuration: model.width: Input should be a valid integer"),
+        ("windows=3", "windows=3: expected one of shuffled, consecutive, random, documents"),
+        ("clip_norm=0", "clip_norm=0.0: expected a positive number, or none"),
+        ("betas=[0.9, 1]", "betas=[0.9, 1]: expected two numbers in [0, 1)"),
         ("model.heads=3", "width=16 is not a multiple of heads=3"),
         ("schedule=often", "schedule 'often': expected one of auto, rebuild"),
     ],
@@ -106,6 +111,6 @@ def test_a_saved_configuration_with_a_field_that_is_unknown_is_refused() -> None
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_gives_a_run_that_json_can_hold(name: str) -> None:
-    config = config_for(get_preset(name), steps=7, length=None)
+    config = get_preset(name).replace(steps=7, length=None)
     assert (config.steps, config.length) == (7, PRESETS[name].length)
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+import typer
 
 import slimgrad
-from slimgrad.models import PRESETS, Performer, PerformerConfig, Preset
+from slimgrad.bytelm import TrainConfig
+from slimgrad.bytelm.config import describe
+from slimgrad.bytelm.presets import PRESETS
+from slimgrad.cli.app import app
+from slimgrad.models import Performer, PerformerConfig
 from tests.cli.running import run, succeed
 
 COMMANDS = ("train", "finetune", "eval", "generate", "verify")
@@ -17,6 +24,15 @@ def test_every_command_explains_itself(command: str) -> None:
     assert "Usage: " in result.stdout
     assert command in result.stdout
     assert result.stderr == ""
+
+
+def test_numbers_of_a_run_are_explained_by_the_configuration_itself() -> None:
+    options = {option.name: option for option in typer.main.get_command(app).commands["train"].params}
+    fields = [field.name for field in dataclasses.fields(TrainConfig) if field.name in options]
+    assert len(fields) == 14
+    for name in fields:
+        assert options[name].help == describe(name) != ""
+        assert options[name].opts == [f"--{name.replace('_', '-')}"]
 
 
 def test_the_help_lists_every_command() -> None:
@@ -32,7 +48,7 @@ def test_the_version_is_the_library_s() -> None:
 @pytest.fixture
 def _small_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     model = PerformerConfig(layers=2, width=16, heads=2)
-    monkeypatch.setitem(PRESETS, "modern", Preset(model=model, length=64, learning_rate=1e-2, chunk=16))
+    monkeypatch.setitem(PRESETS, "modern", TrainConfig(model=model, length=64, learning_rate=1e-2, chunk=16, steps=300))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

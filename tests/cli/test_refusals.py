@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from slimgrad.models import PRESETS
+from slimgrad.bytelm.presets import PRESETS
 from tests.cli.running import FOX, LENGTH, SHAPE, SIZE, TINY, damage, everything, refuse, run, snapshots
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slimgrad.bytelm import Cost, open_model
+from slimgrad.bytelm import Cost, TrainConfig, open_model
 from slimgrad.cli.curve import picture
 from slimgrad.cli.session import SAMPLE_BYTES
 from tests.cli.running import (
@@ -150,7 +150,7 @@ def test_copying_needs_no_text(tmp_path: Path) -> None:
 
 def test_what_one_gradient_takes_is_shown_and_kept(fox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cost(*_: object, method: str, **__: object) -> Cost:
-        return Cost(peak_bytes=2_000_000 if method == "slimgrad" else 9_000_000, seconds=1.0)
+        return Cost(peak_bytes=2_000_000 if method == "chunked" else 9_000_000, seconds=1.0)
 
     monkeypatch.setattr("slimgrad.cli.session.measure_gradient", cost)
     result = succeed("train", fox, *TINY, "--out", tmp_path / "run")
@@ -192,9 +192,11 @@ def test_a_model_s_file_needs_a_preset_beside_it(
 def test_a_model_s_file_with_its_preset_begins_a_run(
     fox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from slimgrad.models import PRESETS, PerformerConfig, Preset
+    from slimgrad.bytelm.presets import PRESETS
+    from slimgrad.models import PerformerConfig
 
-    small = Preset(model=PerformerConfig(layers=1, width=16, heads=2), length=64, learning_rate=1e-3, chunk=32, steps=2)
+    shape = PerformerConfig(layers=1, width=16, heads=2)
+    small = TrainConfig(model=shape, length=64, learning_rate=1e-3, chunk=32, steps=2)
     monkeypatch.setitem(PRESETS, "modern", small)
     succeed("train", fox, "--out", tmp_path / "first")
     file = snapshots(tmp_path / "first")[-1] / "model.safetensors"

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from slimgrad import InputError
-from slimgrad.models import PRESETS, Performer, PerformerConfig, get_preset
+from slimgrad.bytelm.presets import PRESETS, get_preset
+from slimgrad.models import Performer, PerformerConfig
 from slimgrad.sweep import tree
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -66,7 +66,12 @@ def test_errors_are_means_over_stretches() -> None:
     def row(stretch: int, plain: float | None, ours: float) -> dict[str, object]:
         task = {"length": 64, "chunks": [16], "stretch": stretch}
         result = {"plain": plain, "ways": {"slimgrad": {"16": ours}}}
-        return {"experiment": "precision", "name": f"fresh lengths 64 at {stretch}", "task": task, "result": result}
+        return {
+            "experiment": "precision",
+            "labels": {"weights": "fresh", "over": "lengths"},
+            "task": task,
+            "result": result,
+        }
 
     (line,) = precision.compare_precision([row(0, 2.0, 1.0), row(1, 4.0, 8.0)])
     assert (line["stretches"], line["error"], line["plain_float32"]) == (2, 4.5, 3.0)

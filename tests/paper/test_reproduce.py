@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -10,13 +11,13 @@ import pytest
 import torch
 from benchmarks.measure import LiveBytes
 
-from slimgrad.bytelm import config_for
 from slimgrad.bytelm.gradient import add_gradient
+from slimgrad.bytelm.presets import get_preset
 from slimgrad.cli.app import EXPERIMENTS
 from slimgrad.data import Batch
 from slimgrad.errors import InputError
-from slimgrad.models import Performer, PerformerConfig, get_preset
-from slimgrad.paper.catalogue import NAMES, all_points
+from slimgrad.models import Performer, PerformerConfig
+from slimgrad.paper.catalogue import NAMES, all_points, labelled
 from slimgrad.paper.compatibility import compare, compatibility_points
 from slimgrad.paper.finetuning import compare_finetuning
 from slimgrad.paper.regimes import load_text, open_finished, train_regime
@@ -163,6 +164,22 @@ def live_bytes(form: str, layers: int) -> float:
     return (peaks[1] - peaks[0]) / 512
 
 
+def test_names_are_for_people_alone(tmp_path: Path) -> None:
+    """Whatever points are called, the tables are the same; and rows without labels get those of their point."""
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "reproduce" / "rows.json"
+    rows = [row for row in json.loads(path.read_text())["rows"] if "result" in row]
+    assert not any("labels" in row for row in rows)  # written before there were labels
+    found = labelled(rows)
+    renamed = [row | {"name": f"point {number}"} for number, row in enumerate(found)]
+    for name, make in TABLES.items():
+        assert repr(make(renamed)) == repr(make(found)), name
+        with (path.parent / f"{name}.csv").open(newline="") as file:
+            for line, entry in zip(csv.DictReader(file), make(found), strict=True):
+                assert line == {key: str(entry[key]) for key in line}, name
+    with pytest.raises(InputError, match="point 0: expected the name of a point"):
+        labelled([{"experiment": "tradeoff", "name": "point 0"}])
+
+
 def test_published_settings_and_one_share_for_all() -> None:
     for task, steps in (("copying", 15_000), ("ptb", 30_000)):
         full = compatibility_points(task, scale=1.0)
@@ -174,7 +191,7 @@ def test_published_settings_and_one_share_for_all() -> None:
 
 
 def test_what_takes_a_model_takes_a_finished_one(tmp_path: Path) -> None:
-    config = config_for(get_preset("copying"), steps=4, length=16, chunk=4, save_every=2)
+    config = get_preset("copying").replace(steps=4, length=16, chunk=4, save_every=2)
     train_regime(folder=str(tmp_path / "run"), config=config.to_dict(), keep_half=True)
     assert open_finished(str(tmp_path / "run"))[1] == config
     with pytest.raises(InputError, match="trained to its end, found step 2"):
@@ -188,19 +205,20 @@ def test_what_takes_a_model_takes_a_finished_one(tmp_path: Path) -> None:
     assert other.file != adapted[0].file
 
 
-def run_row(name: str, bits: list[float]) -> dict[str, object]:
+def run_row(task: str, regime: str, seed: int, bits: list[float]) -> dict[str, object]:
     result = {
         "steps": [1, 2], "bits": bits, "validation_bits": bits, "final_bits": bits[-1], "final_accuracy": 0.5,
         "seconds": 60.0,
     }  # fmt: skip
     config = {"length": 8, "steps": 2}
-    return {"experiment": "compatibility", "name": name, "task": {"config": config}, "result": result}
+    labels = {"task": task, "regime": regime, "chunk": 4, "seed": seed}
+    return {"experiment": "compatibility", "labels": labels, "task": {"config": config}, "result": result}
 
 
 def test_differences_beside_the_noise() -> None:
     rows = [
-        run_row("copying plain-seed0", [2.0, 1.0]), run_row("copying chunked-4-seed0", [2.5, 1.0]),
-        run_row("copying plain-seed1", [3.0, 1.0]), run_row("copying plain-seed2", [2.0, 2.0]),
+        run_row("copying", "plain", 0, [2.0, 1.0]), run_row("copying", "chunked", 0, [2.5, 1.0]),
+        run_row("copying", "plain", 1, [3.0, 1.0]), run_row("copying", "plain", 2, [2.0, 2.0]),
     ]  # fmt: skip
     table = {entry["regime"]: entry for entry in compare(rows)}
     assert table["chunked-4-seed0"]["curve_mean"] == 0.25
@@ -210,12 +228,12 @@ def test_differences_beside_the_noise() -> None:
 
 def test_what_a_step_helps() -> None:
     def piece(first: int, before: list[float], after: list[float]) -> dict[str, object]:
-        task = {"first": first, "rate": 0.01}
+        task = {"first": first, "rate": 0.01, "chunk": 4}
         result = {"before": before, "after": after, "difference": None}
-        return {"experiment": "finetuning", "name": f"ptb 4 rate 0.01 from {first}", "task": task, "result": result}
+        return {"experiment": "finetuning", "labels": {"model": "ptb"}, "task": task, "result": result}
 
     pieces = [piece(0, [3.0, 3.0], [2.0, 4.0]), piece(2, [3.0, 3.0], [1.0, 3.0])]
-    (line,) = compare_finetuning([*pieces, run_row("ptb plain-seed0", [3.0, 3.0])])
+    (line,) = compare_finetuning([*pieces, run_row("ptb", "plain", 0, [3.0, 3.0])])
     assert line["trained"] == 2 / 30_000
     assert (line["stretches"], line["gain"], line["helped"]) == (4, 0.5, 0.5)
     # gains 1, -1, 2, 0: variance 5/3 of one, 5/12 of their mean
@@ -226,7 +244,8 @@ def test_time_is_over_plains_in_the_same_round() -> None:
     model = dataclasses.asdict(PerformerConfig(layers=1, width=8, heads=1))
     task = {"model": model, "length": 64, "chunks": [16], "rounds": 3}
     seconds = {"plain": [1.0, 2.0, 4.0], "16": [2.0, 3.0, 4.4]}
-    row = {"experiment": "tradeoff", "name": "small blocked time warm", "task": task, "result": {"seconds": seconds}}
+    labels = {"configuration": "small", "form": "blocked", "malloc": "warm"}
+    row = {"experiment": "tradeoff", "labels": labels, "task": task, "result": {"seconds": seconds}}
     plain, ours = compare_times([row])
     assert (plain["of_plain_time"], plain["method"]) == (1.0, "plain")
     assert (ours["of_plain_time"], ours["least"], ours["most"]) == (1.5, 1.1, 2.0)
@@ -242,7 +261,7 @@ def test_a_part_leaves_the_others_in_the_report(tmp_path: Path) -> None:
 
 
 def test_a_first_half_survives_a_kill_before_its_copy(tmp_path: Path) -> None:
-    config = config_for(get_preset("copying"), steps=4, length=16, chunk=4, save_every=2).to_dict()
+    config = get_preset("copying").replace(steps=4, length=16, chunk=4, save_every=2).to_dict()
     plain, half = tmp_path / "plain", tmp_path / "plain-half"
     undisturbed = train_regime(folder=str(plain), config=config, keep_half=True)
     first_half = {"folder": str(tmp_path / "mixed"), "config": config, "first_half": str(plain)}

@@ -4,12 +4,13 @@ from slimgrad.extras import require_extra
 
 require_extra("train", "slimgrad.bytelm")
 
-from slimgrad.bytelm.config import TrainConfig, config_for, with_settings
+from slimgrad.bytelm.config import TrainConfig, with_settings
 from slimgrad.bytelm.device import pick_device
 from slimgrad.bytelm.evaluation import CHUNKS_IN_A_PIECE, Evaluated, evaluate_stream, read_pieces
 from slimgrad.bytelm.folder import RunFolder, open_model
 from slimgrad.bytelm.loop import Trained, build_model, plan_schedule, train, validate
-from slimgrad.bytelm.memory import Cost, limit_memory, measure_gradient
+from slimgrad.bytelm.memory import Cost, measure_gradient
+from slimgrad.bytelm.presets import PRESETS, get_preset
 from slimgrad.bytelm.row import Row
 from slimgrad.bytelm.sample import generate, stream
 from slimgrad.bytelm.task import Task, make_task
@@ -17,6 +18,7 @@ from slimgrad.sweep.schedules.names import parse_schedule
 
 __all__ = [
     "CHUNKS_IN_A_PIECE",
+    "PRESETS",
     "Cost",
     "Evaluated",
     "Row",
@@ -25,10 +27,9 @@ __all__ = [
     "TrainConfig",
     "Trained",
     "build_model",
-    "config_for",
     "evaluate_stream",
     "generate",
-    "limit_memory",
+    "get_preset",
     "make_task",
     "measure_gradient",
     "open_model",

@@ -1,104 +1,149 @@
-"""What a training run is: every number of it, validated before anything runs, and saved with the run."""
+"""What a training run is: every number of it, validated before anything runs, and saved with the run.
+
+A field of `TrainConfig` is written once: its type, its default, what it may be and what it is for. The command line's
+options, their help and the messages about what does not fit are made of it.
+"""
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import json
-import math
+import types
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic.fields import FieldInfo
 
-from slimgrad.bytelm.device import DEVICES
-from slimgrad.bytelm.gradient import METHODS, Method
+from slimgrad.bytelm.device import Device
+from slimgrad.bytelm.gradient import Method
 from slimgrad.data import Order
 from slimgrad.errors import InputError
 from slimgrad.models.performer import PerformerConfig
-from slimgrad.models.presets import Preset
 from slimgrad.sweep.schedules.names import parse_schedule
+
+
+def _explained(description: str, expected: str = "", **constraints: Any) -> Any:
+    """A field: what it is for, what it may be in words ("" where one bound or a choice says it), and in numbers."""
+    return Field(description=description, json_schema_extra={"expected": expected} if expected else None, **constraints)
+
+
+_Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run.
+    """A training run. What each field is for is said by `describe(name)`, which the help of the command line shows."""
 
-    Attributes:
-        model: the Performer's shape.
-        task: "text" (the bytes of a corpus), or "copying" (generated: the paper's section 4.3).
-        length: bytes of the longest training sequence (L).
-        first_length: bytes of the first sequences; the length doubles until it is `length`, each having an equal share
-            of the bytes (see `step_lengths`). 0: all have `length`.
-        batch: sequences that go through the model together.
-        accumulate: batches whose gradients add up to one step's; the mean is over all their targets.
-        windows: how sequences are cut from the text: "shuffled" (passes over consecutive windows, in random order),
-            "consecutive", "random" (from any byte on), or "documents" (whole ones, each at its own length).
-        method: how the gradient is computed: "chunked" (in the memory of one chunk), "checkpoint" (each layer is
-            computed twice), or "plain". All three give the same gradient.
-        chunk: for "chunked": bytes whose graph lives at once (C).
-        schedule: for "chunked": which states are kept and where, see `parse_schedule`; "auto" chooses by their size.
-        device: "cpu", "cuda", or "auto": the GPU where there is one.
-        precision: "float32", or "bf16": autocast, with parameters and states in float32.
-        steps: optimiser steps.
-        learning_rate: the highest, after the warm-up.
-        warmup: fraction of the training bytes over which the learning rate rises.
-        decay: what follows: "cosine" (half a cosine, down to zero), "constant", or "drop" (a tenth after two thirds).
-        weight_decay: of matrices; vectors (biases, norms) are not decayed.
-        betas: AdamW's.
-        clip_norm: the norm that the gradient of all parameters together is scaled down to; None: not clipped.
-        validation_bytes: bytes that are kept for validation, at the corpus' end or in its official part.
-        eval_every: steps between validations; None: five times, evenly over the training bytes. The last step always
-            ends with one.
-        save_every: steps between snapshots; None: one a minute. One more when the run ends or is interrupted.
-        seed: decides the parameters, the order of the windows and every random draw.
-    """
-
-    model: PerformerConfig
-    task: Literal["text", "copying"] = "text"
-    length: int
-    first_length: int = 0
-    batch: int = 1
-    accumulate: int = 1
-    windows: Order = "shuffled"
-    method: Method = "chunked"
-    chunk: int
-    schedule: str = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["float32", "bf16"] = "float32"
-    steps: int
-    learning_rate: float
-    warmup: float = 0.05
-    decay: Literal["cosine", "constant", "drop"] = "cosine"
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip_norm: float | None = 1.0
-    validation_bytes: int = 32_768
-    eval_every: int | None = None
-    save_every: int | None = None
-    seed: int = 0
+    model: Annotated[PerformerConfig, _explained("The Performer's shape.")]
+    task: Annotated[
+        Literal["text", "copying"],
+        _explained('"text" (the bytes of a corpus), or "copying" (generated: the paper\'s section 4.3).'),
+    ] = "text"
+    length: Annotated[int, _explained("Bytes of one training sequence; of the longest, where they grow.", ge=2)]
+    first_length: Annotated[
+        int,
+        _explained(
+            "Bytes of the first sequences; the length doubles until it is the full one, each having an equal share of "
+            "the bytes. 0: all have the full length.",
+            ge=0,
+        ),
+    ] = 0
+    batch: Annotated[int, _explained("Sequences that go through the model at once.", ge=1)] = 1
+    accumulate: Annotated[
+        int, _explained("Batches whose gradients make one step; the mean is over all their targets.", ge=1)
+    ] = 1
+    windows: Annotated[
+        Order,
+        _explained(
+            "Sequences from the text: shuffled (passes over consecutive windows, in random order), consecutive, random "
+            "(from any byte on), or documents (whole ones, each at its own length)."
+        ),
+    ] = "shuffled"
+    method: Annotated[
+        Method,
+        _explained(
+            "How gradients are computed: chunked (in the memory of one chunk), checkpoint (each layer is computed "
+            "twice) or plain. The gradient is the same."
+        ),
+    ] = "chunked"
+    chunk: Annotated[
+        int, _explained("Bytes whose graph lives at once: what decides the memory of chunked gradients.", ge=1)
+    ]
+    schedule: Annotated[
+        str,
+        _explained("States to keep: auto, rebuild, keep, every:K or binomial:SLOTS; @disk or @FOLDER: there."),
+    ] = "auto"
+    device: Annotated[Device, _explained("cpu, cuda, or auto: the GPU where there is one.")] = "auto"
+    precision: Annotated[
+        Literal["float32", "bf16"], _explained("float32, or bf16: autocast, with parameters and states in float32.")
+    ] = "float32"
+    steps: Annotated[int, _explained("Optimiser steps.", ge=1)]
+    learning_rate: Annotated[
+        float,
+        _explained("The highest learning rate, after the warm-up.", "a positive number", gt=0, allow_inf_nan=False),
+    ]
+    warmup: Annotated[
+        float,
+        _explained(
+            "Fraction of the training bytes over which the learning rate rises.",
+            "a fraction between 0 and 1",
+            ge=0,
+            le=1,
+        ),
+    ] = 0.05
+    decay: Annotated[
+        Literal["cosine", "constant", "drop"],
+        _explained(
+            "The learning rate after that: cosine (half a cosine, down to zero), constant, or drop (a tenth after two "
+            "thirds)."
+        ),
+    ] = "cosine"
+    weight_decay: Annotated[
+        float,
+        _explained("Of matrices; vectors (biases, norms) are not decayed.", "zero or more", ge=0, allow_inf_nan=False),
+    ] = 0.1
+    betas: Annotated[tuple[_Fraction, _Fraction], _explained("AdamW's.", "two numbers in [0, 1)")] = (0.9, 0.95)
+    clip_norm: Annotated[
+        Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
+        _explained(
+            "The norm that the gradient of all parameters together is scaled down to; none: not clipped.",
+            "a positive number, or none",
+        ),
+    ] = 1.0
+    validation_bytes: Annotated[
+        int, _explained("Bytes kept for validation, at the corpus' end or in its official part.", ge=2)
+    ] = 32_768
+    eval_every: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        _explained("Steps between validations; by default five, evenly over the bytes. The last step always has one."),
+    ] = None
+    save_every: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        _explained("Steps between snapshots; by default one a minute. One more when the run ends or is interrupted."),
+    ] = None
+    seed: Annotated[
+        int,
+        _explained(
+            "Decides parameters, order and draws; one seed, one run.", "between 0 and 2**63 - 1", ge=0, lt=2**63
+        ),
+    ] = 0
 
     def __post_init__(self) -> None:
-        for name, least in {
-            "length": 2, "chunk": 1, "steps": 1, "batch": 1, "accumulate": 1, "validation_bytes": 2, "eval_every": 1,
-            "save_every": 1,
-        }.items():  # fmt: skip
-            _require(self, name, getattr(self, name) is None or getattr(self, name) >= least, f"at least {least}")
-        for name in ("learning_rate", "clip_norm"):
-            value = getattr(self, name)
-            allowed = "a positive number" + (", or none" if name == "clip_norm" else "")
-            _require(self, name, value is None or 0 < value < math.inf, allowed)
-        _require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "zero or more")
-        _require(self, "warmup", 0 <= self.warmup <= 1, "a fraction between 0 and 1")
-        _require(self, "first_length", self.first_length == 0 or self.first_length >= 2, "0, or at least 2")
-        _require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
-        _require(self, "seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1")
-        for name, choices in CHOICES.items():
-            _require(self, name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        if self.task == "copying":
-            fits = self.length >= 4 and self.length % 2 == 0 and self.windows != "documents"
-            _require(self, "length", fits, "an even number of at least 4 for copying, and no documents")
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        try:
+            _checked().model_validate(given, strict=True)
+        except ValidationError as error:
+            raise InputError(_said(error, given)) from error
+        if self.first_length == 1:
+            raise InputError("first_length=1: expected 0, or at least 2")
+        if self.task == "copying" and (self.length < 4 or self.length % 2 or self.windows == "documents"):
+            raise InputError(
+                f"length={self.length}: expected an even number of at least 4 for copying, and no documents"
+            )
         parse_schedule(self.schedule)
 
     def step_lengths(self) -> list[int]:
@@ -132,34 +177,25 @@ class TrainConfig:
         if unknown:
             raise InputError(f"configuration: unknown fields {', '.join(sorted(unknown))}")
         try:
-            return TypeAdapter(TrainConfig).validate_json(json.dumps(fields))
+            found = _checked().model_validate_json(json.dumps(fields))
         except ValidationError as error:
-            wrong = [f"{'.'.join(map(str, e['loc']))}: {_reason(e)}" for e in error.errors()]
-            raise InputError(f"configuration: {'; '.join(w.removeprefix(': ') for w in wrong)}") from error
+            raise InputError(f"configuration: {_said(error, fields)}") from error
+        return TrainConfig(**{name: getattr(found, name) for name in type(found).model_fields})
 
     def replace(self, **overrides: Any) -> TrainConfig:
         """The same run with other numbers. Those that are None stay as they are."""
         return dataclasses.replace(self, **{k: v for k, v in overrides.items() if v is not None})
 
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("text", "copying"),
-    "windows": ("shuffled", "consecutive", "random", "documents"),
-    "method": METHODS,
-    "device": DEVICES,
-    "precision": ("float32", "bf16"),
-    "decay": ("cosine", "constant", "drop"),
-}
+def describe(name: str) -> str:
+    """What a field of `TrainConfig` is for."""
+    return _checked().model_fields[name].description or ""
 
 
-def config_for(preset: Preset, **overrides: Any) -> TrainConfig:
-    """The run that a preset stands for. Overrides that are None leave the preset's number.
-
-    A chunk longer than the sequence is one chunk, as everywhere in slimgrad.
-    """
-    given = {name: value for name, value in overrides.items() if value is not None}
-    fields = {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)}
-    return TrainConfig(**(fields | given))
+def plain_type(name: str) -> type:
+    """A field's type as a word on the command line is read: int, float or str."""
+    found = [one for one in (int, float) if one in _members(_checked().model_fields[name].annotation)]
+    return found[0] if found else str
 
 
 def with_settings(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
@@ -180,6 +216,18 @@ def with_settings(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
     return TrainConfig.from_dict(fields)
 
 
+@functools.cache
+def _checked() -> type[BaseModel]:
+    """The same fields for pydantic, which checks them."""
+    hints = get_type_hints(TrainConfig, include_extras=True)
+    fields = {
+        field.name: (hints[field.name], ... if field.default is dataclasses.MISSING else field.default)
+        for field in dataclasses.fields(TrainConfig)
+    }
+    made: Any = create_model
+    return made("TrainConfig", **fields)
+
+
 def _parse(value: str) -> Any:
     """As JSON where it is JSON ("none" too), else the words as they stand."""
     try:
@@ -188,11 +236,38 @@ def _parse(value: str) -> Any:
         return value
 
 
-def _reason(error: Any) -> str:
-    """pydantic's reason in one line, without the value's whole dictionary."""
-    return str(error["msg"]).removeprefix("Value error, ")
+def _said(error: ValidationError, given: dict[str, Any]) -> str:
+    """Every field that does not fit: what it is and what was expected; of a wrong type, pydantic's own reason."""
+    reasons: dict[str, str] = {}
+    for one in error.errors():
+        name = str(one["loc"][0])
+        field = _checked().model_fields.get(name)
+        within_model = len(one["loc"]) > 1 and isinstance(one["loc"][1], str)
+        expected = "" if field is None or within_model else _expected(field, one)
+        where = ".".join(map(str, one["loc"]))
+        reason = f"{where}: {str(one['msg']).removeprefix('Value error, ')}"
+        if expected:
+            value = given[name]
+            reason = f"{name}={float(value) if plain_type(name) is float and type(value) is int else value}: {expected}"
+        reasons.setdefault(name, reason)
+    return "; ".join(reasons.values())
 
 
-def _require(config: TrainConfig, name: str, holds: bool, expected: str) -> None:
-    if not holds:
-        raise InputError(f"{name}={getattr(config, name)}: expected {expected}")
+def _expected(field: FieldInfo, error: Any) -> str:
+    """What a number out of its bounds, or a word that is no choice, should have been; "" for other errors."""
+    if error["type"] == "literal_error":
+        return f"expected one of {', '.join(get_args(field.annotation))}"
+    if error["type"] not in ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"):
+        return ""
+    extra = field.json_schema_extra
+    words = extra.get("expected") if isinstance(extra, dict) else None
+    return f"expected {words or 'at least ' + str(error['ctx']['ge'])}"
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types that an annotation allows, without their constraints."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [member for one in get_args(annotation) for member in _members(one)]
+    return [annotation]

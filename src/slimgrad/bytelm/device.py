@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 
 from slimgrad.errors import InputError
 
-DEVICES = ("auto", "cpu", "cuda")
+Device = Literal["auto", "cpu", "cuda"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -15,8 +17,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         InputError: no such name, or no such device here.
     """
-    if name not in DEVICES:
-        raise InputError(f"device {name!r}: expected one of {', '.join(DEVICES)}")
+    if name not in get_args(Device):
+        raise InputError(f"device {name!r}: expected one of {', '.join(get_args(Device))}")
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "device 'cuda': expected a GPU that torch can use, found none. Use cpu, or a CUDA build of torch"

@@ -15,19 +15,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from slimgrad.api import backward
-from slimgrad.call.losses import cross_entropy_sum
 from slimgrad.data import Batch
 from slimgrad.models.performer import Performer
 from slimgrad.sweep.schedules.base import Schedule
+from slimgrad.verification.reference import plain_backward
 
 Method = Literal["chunked", "checkpoint", "plain"]
-METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def add_gradient(
@@ -50,17 +48,10 @@ def add_gradient(
         return float(backward(model, batch.inputs, batch.targets, **how).loss)
     targets = batch.targets if isinstance(batch.targets, list) else [batch.targets] * len(sequences)
     with layers_computed_twice(model) if method == "checkpoint" else nullcontext():
-        return sum(_one_graph(model, *one, normalizer) for one in zip(sequences, targets, states, strict=True))
-
-
-def _one_graph(model: Performer, inputs: Tensor, targets: Tensor | None, state: Any, normalizer: float) -> float:
-    device = model.head.weight.device
-    outputs, _ = model(inputs.to(device), state)
-    if targets is None:
-        outputs, targets = outputs[:, :-1], inputs[:, 1:]
-    loss = cross_entropy_sum(outputs, targets.to(device)) / normalizer
-    loss.backward()
-    return float(loss.detach())
+        return sum(
+            plain_backward(model, inputs, goal, state=state, normalizer=normalizer)
+            for inputs, goal, state in zip(sequences, targets, states, strict=True)
+        )
 
 
 @contextmanager

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from slimgrad.api import evaluate
 from slimgrad.budget import choose_schedule
+from slimgrad.budget.process import resident_bytes
 from slimgrad.bytelm.config import TrainConfig
 from slimgrad.bytelm.device import pick_device
 from slimgrad.bytelm.folder import RunFolder, seconds_so_far
 from slimgrad.bytelm.gradient import add_gradient
-from slimgrad.bytelm.memory import out_of_memory, resident_bytes
+from slimgrad.bytelm.memory import out_of_memory
 from slimgrad.bytelm.optimizer import learning_rate_at, make_optimizer, set_learning_rate
 from slimgrad.bytelm.row import Report, Row
 from slimgrad.bytelm.task import Task, make_task

@@ -1,44 +1,24 @@
-"""Memory: how much a process holds, how much it may, and how much one gradient takes.
-
-A peak belongs to a process, and what the allocator was given it rarely gives back. So each gradient is measured in a
-fresh Python (`python -m slimgrad.bytelm.one_gradient`), which reads its task from standard input and prints one line of
-JSON. There, a gradient over a few bytes comes first: it loads what torch loads lazily, and makes the parameters'
-gradients, which both ways hold alike. What remains is what the pass itself takes.
-
-| system | the peak is | reset before the pass |
-|---|---|---|
-| Linux | `VmHWM` of /proc/self/status | yes, where /proc/self/clear_refs allows it |
-| macOS and other Unix | `ru_maxrss` of getrusage (bytes on macOS, KiB elsewhere) | no |
-| Windows | not measured | |
-
-On Linux `ru_maxrss` would mislead: a child starts with the peak of the process that it was forked from.
-
-A limit (`limit_memory`) is the kernel's: RLIMIT_DATA, which since Linux 4.7 counts every private page that may be
-written to, used or not: heap, tensors, the stacks of threads. What would go beyond it is refused, and raises here.
-"""
+"""Running out of memory, and how much one gradient of a Performer takes."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import json
 import math
-import subprocess
-import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 
-from slimgrad.errors import InputError, MemoryLimitError
-from slimgrad.models.performer import PerformerConfig
+from slimgrad.budget.measure import call_in_child, measure_peak
+from slimgrad.bytelm.gradient import Method, add_gradient
+from slimgrad.data import Batch
+from slimgrad.errors import MemoryLimitError, RunError
+from slimgrad.models.performer import Performer, PerformerConfig
 from slimgrad.sweep.allocation import is_allocation_failure
 
-Method = Literal["slimgrad", "plain"]
-PROC = Path("/proc/self")
+_WARM_UP_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,34 +35,6 @@ class Cost:
     peak_bytes: int | None
     seconds: float
     note: str = ""
-
-
-def resident_bytes() -> int | None:
-    """Memory that this process holds now (on Unix without /proc: its peak so far); None where nobody tells."""
-    return proc_status("VmRSS") or max_resident_bytes()
-
-
-def peak_resident_bytes() -> int | None:
-    """The most memory that this process held; None where the platform does not tell."""
-    return proc_status("VmHWM") or max_resident_bytes()
-
-
-def limit_memory(num_bytes: int) -> None:
-    """Have the kernel refuse this process, and its children, more than that many bytes of data. There is no way back.
-
-    Raises:
-        InputError: the platform has no such limit, or the process holds more already.
-    """
-    held = proc_status("VmData")
-    if sys.platform != "linux" or held is None:
-        raise InputError("a memory limit: expected Linux, whose RLIMIT_DATA counts a process' data; not this platform")
-    if num_bytes <= held:
-        raise InputError(
-            f"a memory limit of {num_bytes / 1e6:,.0f} MB: expected more than the {held / 1e6:,.0f} MB that Python and "
-            "torch hold before any work. Raise the limit, or set OMP_NUM_THREADS=1, which holds less"
-        )
-    resource = cast(Any, importlib.import_module("resource"))
-    resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
 
 
 @contextmanager
@@ -107,38 +59,41 @@ def measure_gradient(
     Args:
         model: its shape.
         length: bytes of the sequence.
-        chunk: for "slimgrad": bytes whose graph lives at once.
-        method: "slimgrad", or "plain": the whole sequence in one graph, as ordinary backpropagation has it.
+        chunk: for "chunked": bytes whose graph lives at once.
+        method: as `gradient.add_gradient` has it.
         threads: torch's, in the child; None: as in this process.
     """
     task = {
         "model": dataclasses.asdict(model), "length": length, "chunk": chunk, "method": method,
         "threads": threads or torch.get_num_threads(),
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "slimgrad.bytelm.one_gradient"], input=json.dumps(task), capture_output=True, text=True
-    )
-    if done.returncode != 0:  # most likely: not enough memory for the plain way, and the system ended the process
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        return Cost(peak_bytes=None, seconds=math.nan, note=f"the measuring process ended: {last[0]}")
-    return Cost(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def proc_status(name: str) -> int | None:
-    """A figure of /proc/self/status in bytes; None where there is no such file."""
     try:
-        lines = (PROC / "status").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
-    return int(found[0]) * 1024 if found else None
+        return Cost(**call_in_child(f"{__name__}:one_gradient", task))
+    except RunError as error:  # most likely: not enough memory for the plain way, and the system ended the process
+        return Cost(peak_bytes=None, seconds=math.nan, note=f"the measuring process ended: {error}")
 
 
-def max_resident_bytes() -> int | None:
-    """The peak that getrusage knows, in bytes; None on Windows."""
-    try:
-        resource = cast(Any, importlib.import_module("resource"))
-    except ImportError:  # Windows
-        return None
-    peak = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return peak if sys.platform == "darwin" else peak * 1024
+def one_gradient(
+    *, model: dict[str, Any], length: int, method: Method, chunk: int, device: str = "cpu", threads: int | None = None
+) -> dict[str, Any]:
+    """Peak bytes above parameters and gradients, and seconds, of one gradient of batch 1 over random bytes; see `Cost`.
+
+    For a process of its own. On the CPU resident bytes, on CUDA those that torch's allocator gave out.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    performer = Performer(PerformerConfig(**model)).to(device)
+    few = min(_WARM_UP_BYTES, length)
+    add_over_random_bytes(performer, few, method, few // 2)  # loads what torch loads lazily, and makes the gradients
+    # the gradients' bytes stay within what is held before: the pass makes them anew
+    measured = measure_peak(lambda: add_over_random_bytes(performer, length, method, chunk), device)
+    return measured._asdict() | {"note": "" if measured.peak_bytes is not None else "not measured on this platform"}
+
+
+def add_over_random_bytes(model: Performer, length: int, method: Method, chunk: int) -> None:
+    """One gradient in the place of the one before."""
+    model.zero_grad(set_to_none=True)
+    tokens = torch.randint(256, (1, length + 1), dtype=torch.uint8)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:].to(torch.int16))
+    add_gradient(model, batch, method=method, chunk=chunk, schedule=None, normalizer=length)

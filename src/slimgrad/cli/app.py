@@ -7,13 +7,15 @@ Exit status: 0 all is well; 1 a run failed, or `verify` found a gradient that is
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from types import MappingProxyType
+from typing import Annotated, Any
 
 import typer
 
+from slimgrad.cli.knobs import with_numbers
 from slimgrad.errors import InputError, SlimgradError
 
 EXPERIMENTS = (
@@ -37,19 +39,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Numbers = Mapping[str, Any]  # options that `knobs` makes of the configuration's fields
 RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run's folder, one of its snapshots, or a model.safetensors.")
 ]
-Length = Annotated[int | None, typer.Option(help="Bytes of one training sequence.")]
-Chunk = Annotated[int | None, typer.Option(help="Bytes whose graph lives at once: what decides the memory.")]
-Steps = Annotated[int | None, typer.Option(help="Optimiser steps.")]
-Method = Annotated[
-    str | None, typer.Option(help="How gradients are computed: chunked, checkpoint or plain. The gradient is the same.")
-]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.", show_default="auto")
-]
-Rate = Annotated[float | None, typer.Option(help="The highest learning rate.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any other number of the run, as config.json names it."),
@@ -94,6 +87,12 @@ def _root(  # pyright: ignore[reportUnusedFunction]
 
 
 @app.command()
+@with_numbers(
+    dict.fromkeys((
+        "length", "chunk", "schedule", "method", "windows", "batch", "accumulate", "device", "precision",
+        "learning_rate", "steps", "eval_every", "save_every", "seed",
+    ))
+)  # fmt: skip
 def train(
     corpus: Annotated[
         str | None,
@@ -105,31 +104,7 @@ def train(
     preset: Annotated[
         str | None, typer.Option(help="The model's shape, and numbers that suit it.", show_default="modern")
     ] = None,
-    length: Length = None,
-    chunk: Chunk = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(help="States to keep: auto, rebuild, keep, every:K or binomial:SLOTS; @disk or @FOLDER: there."),
-    ] = None,
-    method: Method = None,
-    windows: Annotated[
-        str | None, typer.Option(help="Sequences from the text: shuffled, consecutive, random or documents (whole).")
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences at once.")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Batches whose gradients make one step.")] = None,
-    device: Device = None,
-    precision: Annotated[str | None, typer.Option(help="float32, or bf16 (autocast).")] = None,
-    learning_rate: Rate = None,
-    steps: Steps = None,
-    eval_every: Annotated[
-        int | None, typer.Option(help="Steps between validations.", show_default="five in all")
-    ] = None,
-    save_every: Annotated[
-        int | None, typer.Option(help="Steps between snapshots.", show_default="one a minute")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Decides parameters, order and draws; one seed, one run.", show_default="0")
-    ] = None,
+    numbers: Numbers = MappingProxyType({}),
     settings: Settings = None,
     init: Annotated[
         Path | None, typer.Option(help="Begin with the model of this run or file, however it was trained.")
@@ -150,11 +125,8 @@ def train(
 
         run_training(
             Options(
-                corpus=corpus, preset=preset, length=length, chunk=chunk, schedule=schedule, method=method,
-                windows=windows, batch=batch, accumulate=accumulate, device=device, precision=precision,
-                learning_rate=learning_rate, steps=steps, eval_every=eval_every, save_every=save_every, seed=seed,
-                settings=tuple(settings or ()),
-                init=init, resume=resume, out=out, data_dir=data_dir, tensorboard=tensorboard,
+                corpus=corpus, preset=preset, numbers=numbers, settings=tuple(settings or ()), init=init,
+                resume=resume, out=out, data_dir=data_dir, tensorboard=tensorboard,
             )
         )  # fmt: skip
 
@@ -213,7 +185,9 @@ def finetune(
     seed: Annotated[
         int | None, typer.Option(help="Decides adapters and order.", show_default="0, or the run's")
     ] = None,
-    device: Device = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.", show_default="auto")
+    ] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with this run from its last checkpoint; MODEL and DATA may be left out.")
     ] = None,
@@ -248,20 +222,22 @@ def finetune(
 
 
 @app.command(name="eval")
+@with_numbers({"device": None})
 def evaluate(
     run: RunArgument,
     file: Annotated[str, typer.Argument(help="The text: a file of any size, - for standard input, or a folder.")],
     chunk: Annotated[int, typer.Option(help="Bytes that go through the model at once.")] = 1024,
-    device: Device = None,
+    numbers: Numbers = MappingProxyType({}),
 ) -> None:
     """Bits per byte over a file as one sequence, streamed: memory does not depend on its size."""
     with one_clear_message():
         from slimgrad.cli.evaluating import run_evaluation
 
-        run_evaluation(run, file, chunk=chunk, device=device or "auto")
+        run_evaluation(run, file, chunk=chunk, device=numbers.get("device", "auto"))
 
 
 @app.command()
+@with_numbers({"device": None})
 def generate(
     run: RunArgument,
     prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "\n",
@@ -270,7 +246,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte; 1 draws as the model says.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest bytes that have this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Decides what is drawn.")] = 0,
-    device: Device = None,
+    numbers: Numbers = MappingProxyType({}),
 ) -> None:
     """Text from a trained model, from its recurrent state: memory and time per byte do not grow."""
     with one_clear_message():
@@ -278,7 +254,7 @@ def generate(
 
         run_generation(
             run, prompt=prompt, prompt_file=prompt_file, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed,
-            device=device or "auto",
+            device=numbers.get("device", "auto"),
         )  # fmt: skip
 
 

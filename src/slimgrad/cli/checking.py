@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from slimgrad.bytelm.presets import PRESETS, get_preset
 from slimgrad.cli.finetuning import is_hugging_face
 from slimgrad.errors import InputError
-from slimgrad.models import PRESETS, Performer, get_preset
+from slimgrad.models import Performer
 from slimgrad.verification.model import verify
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
+from uniplot import plot_to_string
+
 from slimgrad.bytelm import Row
 
-_BRAILLE = 0x2800
-_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # bit of each dot: four rows, two columns
+_ASCII_FRAME = str.maketrans("┌┐└┘─│", "++++-|")  # which uniplot has in Unicode only
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -17,29 +18,18 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def sketch(values: Sequence[float], *, width: int = 60, height: int = 8, unicode: bool = True) -> list[str]:
-    """Lines of text that show values over their index, highest on top, with the extremes written at the left.
+    """Lines of text that show values over the steps.
 
     Args:
-        values: at least one.
-        width, height: of the drawing in characters, the labels not counted.
-        unicode: draw with braille dots, eight to a character; else with asterisks.
+        values: at least one, a step each.
+        width, height: of the drawing in characters, the frame and the labels not counted.
+        unicode: draw with braille dots, eight to a character; else in ASCII.
     """
-    across, down = (2, 4) if unicode else (1, 1)
-    columns, rows = width * across, height * down
-    low, high = min(values), max(values)
-    span = (high - low) or 1.0
-    cells = [[0] * width for _ in range(height)]
-    previous: int | None = None
-    for column in range(columns):
-        value = values[round(column * (len(values) - 1) / max(columns - 1, 1))]
-        row = round((high - value) / span * (rows - 1))
-        first, last = sorted((row, row if previous is None else previous))
-        for y in range(first, last + 1):  # joins this column with the one before
-            cells[y // down][column // across] |= _DOTS[y % down][column % across] if unicode else 1
-        previous = row
-    labels = [f"{high:5.2f}", *["     "] * (height - 2), f"{low:5.2f}"]
-    draw = ["".join((chr(_BRAILLE | dots) if unicode else "*") if dots else " " for dots in line) for line in cells]
-    return [f"{label} {'┤' if unicode else '|'}{line.rstrip()}" for label, line in zip(labels, draw, strict=True)]
+    drawn = plot_to_string(
+        list(values), range(1, len(values) + 1), lines=True, width=width, height=height, color=False, x_gridlines=[],
+        y_gridlines=[], character_set="braille" if unicode else "ascii",
+    )  # fmt: skip
+    return [line.rstrip() for line in (drawn if unicode else drawn.translate(_ASCII_FRAME)).splitlines()]
 
 
 def picture(rows: Sequence[Row], title: str) -> bytes:

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from slimgrad.budget.process import peak_resident_bytes
 from slimgrad.bytelm import CHUNKS_IN_A_PIECE, Evaluated, evaluate_stream, open_model, pick_device, read_pieces
-from slimgrad.bytelm.memory import peak_resident_bytes
 from slimgrad.cli.words import megabytes
 from slimgrad.data import load_corpus
 from slimgrad.errors import InputError

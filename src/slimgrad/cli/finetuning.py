@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from slimgrad.errors import InputError
 from slimgrad.runs.folder import CONFIG, split_snapshot_path
 
 OF_RUNS = ("memory", "length", "method", "settings", "data_dir")
+NUMBERS = ("length", "chunk", "method", "device", "learning_rate", "steps", "seed")  # of a run's configuration
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # of a model that transformers fetches
 
 
@@ -22,11 +22,16 @@ def run_finetune(model: str | None, data: str | None, *, resume: Path | None, ou
     if resume is None and (model is None or data is None):
         raise InputError("slimgrad finetune: expected MODEL and DATA, or --resume RUN")
     if resume is None and model is not None and data is not None and not is_hugging_face(model):
-        known = {field.name for field in fields(Options)} & {"length", "chunk", "method", "device", "learning_rate"}
-        _refuse(given, {*OF_RUNS, *known, "steps", "seed"}, f"{model} is a run of slimgrad: expected no", "")
-        memory = given.pop("memory", None)
-        chosen: dict[str, Any] = {**given, "settings": tuple(given.get("settings", ()))}
-        run_finetuning(Options(corpus=data, out=out, **chosen), Path(model), memory)
+        _refuse(given, {*OF_RUNS, *NUMBERS}, f"{model} is a run of slimgrad: expected no", "")
+        numbers = {name: given[name] for name in NUMBERS if name in given}
+        options = Options(
+            corpus=data,
+            out=out,
+            numbers=numbers,
+            settings=tuple(given.get("settings", ())),
+            data_dir=given.get("data_dir"),
+        )
+        run_finetuning(options, Path(model), given.get("memory"))
         return
     _refuse(given, set(given) - set(OF_RUNS), "a Hugging Face model: expected no", ", which is of runs of slimgrad")
     from slimgrad.cli.tuning import run_tuning

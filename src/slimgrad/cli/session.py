@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import slimgrad
+from slimgrad.budget.process import peak_resident_bytes
 from slimgrad.bytelm import (
     Cost,
     Row,
@@ -34,7 +35,6 @@ from slimgrad.bytelm import (
     train,
     validate,
 )
-from slimgrad.bytelm.memory import peak_resident_bytes
 from slimgrad.cli.curve import picture, sketch, smooth
 from slimgrad.cli.words import megabytes, printable
 from slimgrad.data import Corpus
@@ -208,7 +208,7 @@ class Session:
         config, console = self.config, self.console
         length = min(config.length, MEASURED_BYTES)
         console.print(f"\n[bold]One gradient[/] over {length:,} bytes, each way in a process of its own")
-        ours = measure_gradient(config.model, length=length, chunk=config.chunk, method="slimgrad")
+        ours = measure_gradient(config.model, length=length, chunk=config.chunk, method="chunked")
         plain = measure_gradient(config.model, length=length, chunk=config.chunk, method="plain")
         table = Table.grid(padding=(0, 3))
         for name, cost in ((f"slimgrad, chunks of {config.chunk:,}", ours), ("plain backpropagation", plain)):

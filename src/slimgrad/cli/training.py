@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from slimgrad.budget.process import limit_memory
+from slimgrad.budget.size import parse_bytes
 from slimgrad.bytelm import (
     RunFolder,
     TrainConfig,
     build_model,
-    config_for,
-    limit_memory,
     make_task,
     open_model,
     pick_device,
@@ -27,13 +26,13 @@ from slimgrad.bytelm import (
 from slimgrad.bytelm.folder import read_record
 from slimgrad.bytelm.memory import out_of_memory
 from slimgrad.bytelm.model_file import require_shape
+from slimgrad.bytelm.presets import get_preset
 from slimgrad.cli.curve import picture
 from slimgrad.cli.session import Session, describe
-from slimgrad.cli.words import parse_bytes
 from slimgrad.data import KNOWN, Corpus, Documents, load_corpus
 from slimgrad.errors import InputError
 from slimgrad.extras import require_extra
-from slimgrad.models import PerformerConfig, get_preset
+from slimgrad.models import PerformerConfig
 from slimgrad.runs.environment import describe_environment
 from slimgrad.runs.folder import require_new, split_snapshot_path
 from slimgrad.sweep.schedules.names import require_folder
@@ -50,31 +49,13 @@ class Options:
 
     corpus: str | None = None
     preset: str | None = None
-    length: int | None = None
-    chunk: int | None = None
-    schedule: str | None = None
-    method: str | None = None
-    windows: str | None = None
-    batch: int | None = None
-    accumulate: int | None = None
-    device: str | None = None
-    precision: str | None = None
-    learning_rate: float | None = None
-    steps: int | None = None
-    eval_every: int | None = None
-    save_every: int | None = None
-    seed: int | None = None
+    numbers: Mapping[str, Any] = field(default_factory=dict[str, Any])  # fields of the configuration that were given
     settings: tuple[str, ...] = ()
     init: Path | None = None
     resume: Path | None = None
     out: Path | None = None
     data_dir: Path | None = None
     tensorboard: bool = False
-
-    def numbers(self) -> dict[str, Any]:
-        """Those that are fields of a configuration, and were given."""
-        names = {field.name for field in dataclasses.fields(TrainConfig)}
-        return {k: v for k, v in dataclasses.asdict(self).items() if k in names and v is not None}
 
 
 def run_training(options: Options) -> None:
@@ -84,7 +65,7 @@ def run_training(options: Options) -> None:
         return
     preset = options.preset or DEFAULT_PRESET
     if options.init is None:
-        weights, config, origin = None, config_for(get_preset(preset)), f"preset {preset}"
+        weights, config, origin = None, get_preset(preset), f"preset {preset}"
     else:
         weights, config = _initial(options.init, options.preset)
         origin = str(options.init) + (f", preset {preset}" if options.preset else "")
@@ -102,7 +83,7 @@ def run_finetuning(options: Options, run: Path, memory: str | None) -> None:
         first_length=0, steps=FINETUNE_STEPS, learning_rate=config.learning_rate * FINETUNE_RATE, windows="shuffled",
         warmup=0.1, task="text",
     )  # fmt: skip
-    with out_of_memory("fine-tuning", options.chunk or config.chunk):
+    with out_of_memory("fine-tuning", options.numbers.get("chunk", config.chunk)):
         _begin(options, config, weights, str(run), finetuning=True)
 
 
@@ -123,7 +104,7 @@ def _begin(
     finetuning: bool = False,
 ) -> None:
     shape = config.model
-    config = with_settings(config.replace(**options.numbers()), options.settings)
+    config = with_settings(config.replace(**options.numbers), options.settings)
     if options.corpus == COPYING and config.task != COPYING:
         config = config.replace(task=COPYING, first_length=0)
     if weights is not None:
@@ -155,7 +136,8 @@ def _begin(
 def _resume(options: Options) -> None:
     assert options.resume is not None
     allowed = {"resume", "corpus", "data_dir", "tensorboard", *_HOW}
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    given = {**options.numbers, **vars(options)}
+    given.pop("numbers")
     refused = [name for name, value in given.items() if name not in allowed and value not in (None, ())]
     if refused:
         raise InputError(
@@ -164,7 +146,7 @@ def _resume(options: Options) -> None:
             "new run with --init"
         )
     record = read_record(split_snapshot_path(options.resume)[0])
-    config = TrainConfig.from_dict(record["config"]).replace(**options.numbers())
+    config = TrainConfig.from_dict(record["config"]).replace(**options.numbers)
     pick_device(config.device)
     require_folder(config.schedule)
     if options.tensorboard:
@@ -204,7 +186,7 @@ def _initial(path: Path, preset: str | None) -> tuple[dict[str, Tensor], TrainCo
     """A model's parameters, and the configuration to begin with: the preset's, or that of the run it comes from."""
     model, config = open_model(path)
     if preset is not None:
-        config = config_for(get_preset(preset))
+        config = get_preset(preset)
         require_shape(config.model, model.config, path)
     if config is None:
         raise InputError(f"{path} is a model without a run: expected --preset beside it, for the other numbers")
@@ -227,8 +209,10 @@ def _fit(config: TrainConfig, corpus: Corpus | None, options: Options) -> TrainC
     if not any(setting.startswith("validation_bytes=") for setting in options.settings):
         config = config.replace(validation_bytes=validation_bytes(corpus))
     if config.windows == "documents":
-        if options.length is not None:
-            raise InputError(f"--length {options.length}: expected none with --windows documents, which have their own")
+        if "length" in options.numbers:
+            raise InputError(
+                f"--length {options.numbers['length']}: expected none with --windows documents, which have their own"
+            )
         train, _ = corpus.split(validation_bytes=config.validation_bytes, window=2)
         config = config.replace(length=max(2, *(len(document) for document in train.documents)))
     return config

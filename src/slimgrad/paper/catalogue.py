@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from slimgrad.bytelm import TrainConfig
+from slimgrad.errors import InputError
 from slimgrad.paper import compatibility, finetuning, horizon, lengths, precision, tradeoff
-from slimgrad.paper.programme import Point
+from slimgrad.paper.programme import Point, Row
 from slimgrad.paper.regimes import BOOKS
 
 TASKS = tuple(compatibility.CHUNKS)
@@ -52,6 +53,20 @@ def all_points(
     }
     points = [point for name, make in made.items() if not only or name in only for point in make()]
     return list({point.file: point for point in points}.values())  # what two experiments need is done once
+
+
+def labelled(rows: list[Row]) -> list[Row]:
+    """Rows of earlier versions, which had no labels, with those of the point of their name.
+
+    Raises:
+        InputError: no point of that name.
+    """
+    points = all_points(only=list(NAMES))
+    labels = {(point.experiment, point.name): point.labels for point in points}
+    unknown = [row["name"] for row in rows if "labels" not in row and (row["experiment"], row["name"]) not in labels]
+    if unknown:
+        raise InputError(f"{unknown[0]}: expected the name of a point, found none of that name in the programme")
+    return [{"labels": labels.get((row["experiment"], row["name"]))} | row for row in rows]
 
 
 def _fits(task: str, data_dir: Path | None) -> bool:

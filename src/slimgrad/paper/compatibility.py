@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import statistics
 
-from slimgrad.bytelm import config_for
+from slimgrad.bytelm import TrainConfig
+from slimgrad.bytelm.presets import get_preset
 from slimgrad.errors import InputError
-from slimgrad.models import Preset, get_preset
 from slimgrad.paper.programme import Point, Row
 
 EXPERIMENT = "compatibility"
@@ -45,8 +45,7 @@ def compatibility_points(task: str, *, scale: float | None = None, length: int =
     plain = plain_run(task)
 
     def point(regime: str, chunk: int, seed: int) -> Point:
-        config = config_for(
-            preset,
+        config = preset.replace(
             steps=steps,
             length=preset.length // shrink,
             method="plain" if regime == "plain" else "chunked",
@@ -55,7 +54,8 @@ def compatibility_points(task: str, *, scale: float | None = None, length: int =
             eval_every=min(max(_LEAST_APART, steps // _VALIDATIONS), steps),
             save_every=max(1, steps // 20) if steps % 20 == 0 else 1 if steps < 20 else steps // 2,
         )
-        name = f"{regime}-seed{seed}" if regime == "plain" else f"{regime}-{chunk}-seed{seed}"
+        labels: Row = {"task": task, "regime": regime, "chunk": chunk, "seed": seed}
+        name = regime_name(labels)
         arguments: Row = {"folder": f"runs/{task}-{name}", "config": config.to_dict()}
         if task != "copying":
             arguments["corpus"] = task
@@ -65,6 +65,7 @@ def compatibility_points(task: str, *, scale: float | None = None, length: int =
         return Point(
             experiment=EXPERIMENT,
             name=f"{task} {name}",
+            labels=labels,
             function="slimgrad.paper.regimes:train_regime",
             task=arguments,
             seconds=_SECONDS_PER_STEP[task] * steps * (0.5 if regime == "half" else 1) / shrink,
@@ -77,7 +78,7 @@ def compatibility_points(task: str, *, scale: float | None = None, length: int =
     return [point("plain", whole, 0), *mixed, *noise]
 
 
-def preset_of(task: str) -> Preset:
+def preset_of(task: str) -> TrainConfig:
     """The published settings that a task has."""
     return get_preset(_PRESETS.get(task, task))
 
@@ -92,17 +93,19 @@ def compare(rows: list[Row]) -> list[Row]:
 
     Runs with another seed are the noise: `of_noise` is the mean over the mean of their means.
     """
-    plain = {_task(row): row["result"] for row in rows if row["name"].endswith(" plain-seed0")}
+    plain = {row["labels"]["task"]: row["result"] for row in rows if _is_reference(row["labels"])}
     table: list[Row] = []
     for row in rows:
-        result, reference = row["result"], plain.get(_task(row))
-        config = row["task"]["config"]
+        labels, result, config = row["labels"], row["result"], row["task"]["config"]
+        reference = plain.get(labels["task"])
         entry: Row = {
-            "task": _task(row),
-            "regime": row["name"].split()[1],
+            "task": labels["task"],
+            "regime": regime_name(labels),
+            "way": labels["regime"],
+            "seed": labels["seed"],
             "length": config["length"],
             "steps": config["steps"],
-            "share": config["steps"] / preset_of(_task(row)).steps,
+            "share": config["steps"] / preset_of(labels["task"]).steps,
             "final_bits": result["final_bits"],
             "final_accuracy": result["final_accuracy"],
             "minutes": result["seconds"] / 60,
@@ -122,11 +125,17 @@ def compare(rows: list[Row]) -> list[Row]:
         seeds = [
             other["curve_mean"]
             for other in table
-            if other["task"] == entry["task"] and other["regime"].startswith("plain") and other["curve_mean"]
+            if other["task"] == entry["task"] and other["way"] == "plain" and other["curve_mean"]
         ]
         entry["of_noise"] = entry["curve_mean"] / statistics.mean(seeds) if seeds else math.nan
     return table
 
 
-def _task(row: Row) -> str:
-    return row["name"].split()[0]
+def regime_name(labels: Row) -> str:
+    """A regime for people: how, in which chunks, with which seed."""
+    chunk = "" if labels["regime"] == "plain" else f"-{labels['chunk']}"
+    return f"{labels['regime']}{chunk}-seed{labels['seed']}"
+
+
+def _is_reference(labels: Row) -> bool:
+    return (labels["regime"], labels["seed"]) == ("plain", 0)

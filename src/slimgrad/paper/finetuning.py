@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from slimgrad.api import backward, evaluate
+from slimgrad.budget.measure import MALLOC
 from slimgrad.bytelm import TrainConfig
 from slimgrad.bytelm.gradient import Method, add_gradient
 from slimgrad.data import Batch
 from slimgrad.models import Performer
 from slimgrad.paper.compatibility import EXPERIMENT as COMPATIBILITY
 from slimgrad.paper.compatibility import compare
-from slimgrad.paper.peak import MALLOC
 from slimgrad.paper.precision import error, take_gradients
 from slimgrad.paper.programme import Point, Row
 from slimgrad.paper.regimes import load_text, open_finished
@@ -72,6 +72,7 @@ def finetuning_points(
             Point(
                 experiment=EXPERIMENT,
                 name=f"{name} {chunk} rate {rate} from {first}",
+                labels={"model": name},
                 function=f"{__name__}:adapt",
                 task=task | ({"corpus": corpus} if corpus else {}) | where,
                 seconds=seconds * piece * (1.6 if compared else 1),
@@ -92,6 +93,7 @@ def finetuning_points(
             Point(
                 experiment=EXPERIMENT,
                 name=f"{name} {chunk} memory {method}",
+                labels={"model": name},
                 function="slimgrad.paper.tradeoff:measure_cost",
                 task={"model": model, "length": half, "method": method, "chunk": chunk} | where,
                 seconds=4.0,
@@ -157,13 +159,14 @@ def compare_finetuning(rows: list[Row]) -> list[Row]:
     """
     own = [row for row in rows if row["experiment"] == EXPERIMENT]
     shares = {run["task"]: run["share"] for run in compare([row for row in rows if row["experiment"] == COMPATIBILITY])}
-    peaks = {tuple(r["name"].split()[:2]): r["result"]["peak_bytes"] for r in own if "memory chunked" in r["name"]}
-    plain = {r["name"].split()[0]: r["result"]["peak_bytes"] for r in own if "memory plain" in r["name"]}
-    pieces: dict[tuple[str, str, float], list[Row]] = {}
+    measured = [(r["labels"]["model"], r["task"], r["result"]["peak_bytes"]) for r in own if "method" in r["task"]]
+    peaks = {(model, task["chunk"]): peak for model, task, peak in measured if task["method"] == "chunked"}
+    plain = {model: peak for model, task, peak in measured if task["method"] == "plain"}
+    pieces: dict[tuple[str, int, float], list[Row]] = {}
     for row in own:
         if "first" in row["task"]:
-            name, chunk = row["name"].split()[:2]
-            pieces.setdefault((name, chunk, row["task"]["rate"]), []).append(row["result"])
+            key = (row["labels"]["model"], row["task"]["chunk"], row["task"]["rate"])
+            pieces.setdefault(key, []).append(row["result"])
     table: list[Row] = []
     for (name, chunk, rate), results in pieces.items():
         before = [bits for result in results for bits in result["before"]]
@@ -172,7 +175,7 @@ def compare_finetuning(rows: list[Row]) -> list[Row]:
         found = [result["difference"] for result in results if result["difference"] is not None]
         peak, peak_plain = peaks.get((name, chunk)), plain.get(name)
         table.append({
-            "model": name, "trained": shares.get(name, math.nan), "chunk": int(chunk), "rate": rate,
+            "model": name, "trained": shares.get(name, math.nan), "chunk": chunk, "rate": rate,
             "stretches": len(gains), "bits_without": statistics.mean(before), "bits_with": statistics.mean(after),
             "gain": statistics.mean(gains),
             "gain_confidence": _CONFIDENCE * statistics.stdev(gains) / math.sqrt(len(gains)),

@@ -1,6 +1,6 @@
 """Memory against length, to a million tokens, for each kind of state; and what each schedule costs.
 
-A length is one gradient in a process of its own, with freed blocks returned ("mapped" in `peak.MALLOC`). Sums, gates
+A length is one gradient in a process of its own, with freed blocks returned ("mapped" in `measure.MALLOC`). Sums, gates
 and a window hold a state whose size the length does not move. A cache of keys and values grows, so its memory is
 linear in chunks too; in one graph it is quadratic here, because the mask of attention is. Time is quadratic either
 way, so it stops earlier.
@@ -20,14 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from slimgrad.api import backward
-from slimgrad.call.losses import cross_entropy_sum
+from slimgrad.budget.measure import MALLOC, measure_in_turn, measure_peak
 from slimgrad.models import Cached, Gated, Performer, PerformerConfig, Windowed
-from slimgrad.paper.peak import MALLOC, available_bytes, measure_in_turn, measure_peak
+from slimgrad.paper.machine import available_bytes
 from slimgrad.paper.programme import Point, Row
 from slimgrad.sweep.schedules.base import Schedule
 from slimgrad.sweep.schedules.binomial import Binomial
 from slimgrad.sweep.schedules.every import Every
 from slimgrad.sweep.schedules.keep import Keep, Rebuild
+from slimgrad.verification.reference import plain_backward
 
 LENGTHS, SCHEDULES = "lengths", "schedules"
 KINDS: dict[str, Callable[[], nn.Module]] = {
@@ -92,7 +93,7 @@ def measure_length(*, kind: str, length: int, method: Literal["plain", "chunked"
     """`peak_bytes` above parameters and gradients, and `seconds`; None and a `note` where it would not fit."""
     free = available_bytes()
     needed = length * (_MASK_BYTES * length if kind == "cache" else _PLAIN_BYTES)
-    if method == "plain" and free is not None and needed > 0.9 * free:
+    if method == "plain" and needed > 0.9 * free:
         note = f"needs up to {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         return {"peak_bytes": None, "seconds": None, "note": note}
     torch.manual_seed(0)
@@ -104,7 +105,7 @@ def measure_length(*, kind: str, length: int, method: Literal["plain", "chunked"
         if method == "chunked":
             backward(model, tokens, chunk=chunk)
         else:
-            _add_plain(model, tokens)
+            plain_backward(model, tokens[:, :-1], tokens[:, 1:])
 
     add(tokens[:, :_FEW], _FEW // 2)  # loads what is loaded lazily, and makes the gradients
     return measure_peak(lambda: add(tokens))._asdict() | {"note": ""}
@@ -152,11 +153,12 @@ def compare_lengths(rows: list[Row]) -> list[Row]:
 
 def compare_schedules(rows: list[Row]) -> list[Row]:
     """A line per schedule: peak memory, and time over Rebuild's in the same round."""
-    own = {row["name"]: row for row in rows if row["experiment"] == SCHEDULES}
-    timed = own.get("all time")
+    own = [row for row in rows if row["experiment"] == SCHEDULES]
+    timed = next((row for row in own if "rounds" in row["task"]), None)
+    peaks = {row["task"]["schedule"]: row for row in own if "schedule" in row["task"]}
     table: list[Row] = []
     for schedule in _SCHEDULES:
-        peak = own.get(f"{schedule} memory")
+        peak = peaks.get(schedule)
         if peak is None or timed is None:
             continue
         seconds, first = timed["result"]["seconds"][schedule], timed["result"]["seconds"]["Rebuild()"]
@@ -168,12 +170,6 @@ def compare_schedules(rows: list[Row]) -> list[Row]:
             "same_bits": timed["result"]["same"][schedule],
         })  # fmt: skip
     return table
-
-
-def _add_plain(model: nn.Module, tokens: Tensor) -> None:
-    state: Any = model.initial_state(1)  # pyright: ignore[reportCallIssue]
-    outputs, _ = model(tokens[:, :-1], state)
-    (cross_entropy_sum(outputs, tokens[:, 1:].long()) / (tokens.shape[1] - 1)).backward()
 
 
 def _add_scheduled(model: Performer, tokens: Tensor, schedule: str) -> None:

@@ -37,6 +37,7 @@ from slimgrad.paper.regimes import open_finished, train_regime
 from slimgrad.paper.tradeoff import too_large
 from slimgrad.states.accumulator import Accumulator
 from slimgrad.states.sums import PrefixSum
+from slimgrad.verification.reference import plain_backward
 
 EXPERIMENT = "precision"
 WEIGHTS = ("fresh", "trained")
@@ -68,21 +69,22 @@ def precision_points(*, quick: bool = False) -> list[Point]:
     ]
     for weights in WEIGHTS:
         sizes = [
-            (length, stretch, [CHUNK])
+            ("lengths", length, stretch, [CHUNK])
             for length in lengths
             for stretch in range(STRETCHES if length <= LENGTH and not quick else 1)
         ]
         points += [
             Point(
                 experiment=EXPERIMENT,
-                name=f"{weights} {'chunks' if len(of) > 1 else 'lengths'} {length}" + f" at {stretch}" * bool(stretch),
+                name=f"{weights} {over} {length}" + f" at {stretch}" * bool(stretch),
+                labels={"weights": weights, "over": over},
                 function=f"{__name__}:measure_precision",
                 task={"run": _TRAINED if weights == "trained" else None, "length": length, "chunks": of}
                 | ({"stretch": stretch} if stretch else {}),
                 seconds=2 + length * (1 + len(of)) / 6000,
                 needs=training.to_dict() if weights == "trained" else None,
             )
-            for length, stretch, of in [*sizes, (lengths[-1] if quick else LENGTH, 0, list(chunks))]
+            for over, length, stretch, of in [*sizes, ("chunks", lengths[-1] if quick else LENGTH, 0, list(chunks))]
         ]
     points += [
         Point(
@@ -144,8 +146,7 @@ def measure_drift(*, length: int, chunk: int) -> dict[str, Any]:
 def plain(model: Performer, tokens: Tensor) -> list[Tensor]:
     """One graph over the whole sequence."""
     model.zero_grad(set_to_none=True)
-    outputs, _ = model(tokens[:, :-1], model.initial_state(1))
-    (cross_entropy_sum(outputs, tokens[:, 1:].long()) / (tokens.shape[1] - 1)).backward()
+    plain_backward(model, tokens[:, :-1], tokens[:, 1:])
     return take_gradients(model)
 
 
@@ -270,7 +271,7 @@ def compare_precision(rows: list[Row]) -> list[Row]:
     for row in rows:
         if row["experiment"] != EXPERIMENT or "chunks" not in row["task"]:
             continue
-        weights, over = row["name"].split()[:2]
+        weights, over = row["labels"]["weights"], row["labels"]["over"]
         for way, errors in row["result"]["ways"].items():
             for chunk, error in errors.items():
                 key = (weights, over, row["task"]["length"], way, int(chunk))

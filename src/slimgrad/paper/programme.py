@@ -8,17 +8,18 @@ is another point. A point that failed leaves a row that says why, and is tried a
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slimgrad.budget.measure import call_in_child
+from slimgrad.errors import RunError
+from slimgrad.paper.machine import describe_machine
 from slimgrad.runs.files import write_atomically
 from slimgrad.runs.stopping import Stop
 
@@ -38,6 +39,7 @@ class Point:
         environment: what its process has set beside this one's own environment, as the settings of malloc.
         needs: what an earlier point must have been, for this one to be what it is: the configuration of the run whose
             model it takes. Where that changes, this is another point.
+        labels: what it is to the tables and figures: they read nothing out of its name.
     """
 
     experiment: str
@@ -47,6 +49,7 @@ class Point:
     seconds: float
     environment: dict[str, str] = field(default_factory=dict[str, str])
     needs: Row | None = None
+    labels: Row = field(default_factory=dict[str, Any])
 
     @property
     def file(self) -> str:
@@ -114,8 +117,12 @@ def points_left(points: list[Point], out: Path) -> list[Point]:
 
 def rows_so_far(points: list[Point], out: Path) -> list[Row]:
     """The rows of those points that were done, or tried."""
-    files = (out / "points" / point.file for point in points)
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    files = ((point, out / "points" / point.file) for point in points)
+    return [
+        json.loads(file.read_text(encoding="utf-8")) | {"labels": point.labels}
+        for point, file in files
+        if file.exists()
+    ]
 
 
 def _done(index: int, points: list[Point], left: float, total: float, point: Point | None) -> Done:
@@ -123,25 +130,24 @@ def _done(index: int, points: list[Point], left: float, total: float, point: Poi
 
 
 def _run(point: Point, out: Path, stop: Stop, data_dir: Path | None) -> Row:
-    """The point in a fresh Python; what it prints is its own, the result is the last line."""
-    command = [sys.executable, "-m", "slimgrad.paper.worker"]
+    """The point in a fresh Python that works in the programme's folder."""
     row: Row = {"experiment": point.experiment, "name": point.name, "task": point.task}
     if point.environment:
         row["environment"] = point.environment
     where = {"data_dir": str(data_dir.absolute())} if data_dir and "corpus" in point.task else {}
-    with stop.interruptible():
-        done = subprocess.run(
-            command,
-            input=json.dumps({"function": point.function, "task": point.task | where}),
-            cwd=out,
-            env={**os.environ, **point.environment},
-            capture_output=True,
-            text=True,
-        )
-    if done.returncode:
-        words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return row | {"error": words[-1]}
-    return row | json.loads(done.stdout.splitlines()[-1])
+    call = {"function": point.function, "task": point.task | where}
+    try:
+        with stop.interruptible():
+            return row | call_in_child(f"{__name__}:measured", call, environment=point.environment, folder=out)
+    except RunError as error:
+        return row | {"error": str(error)}
+
+
+def measured(*, function: str, task: Row) -> Row:
+    """In the child: the result of a point's function, beside what it was measured on."""
+    module, _, name = function.partition(":")
+    result = getattr(importlib.import_module(module), name)(**task)
+    return {"result": result, "machine": describe_machine()}
 
 
 def _good(file: Path) -> bool:

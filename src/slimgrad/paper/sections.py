@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from slimgrad.paper.compatibility import EXPERIMENT as COMPATIBILITY
-from slimgrad.paper.compatibility import preset_of
+from slimgrad.paper.compatibility import preset_of, regime_name
 from slimgrad.paper.horizon import CHUNK as HORIZON_CHUNK
 from slimgrad.paper.horizon import EXPERIMENT as HORIZON
 from slimgrad.paper.page import COLOURS, Show, figure, fixed, percent, power, table, whole, words
@@ -155,7 +155,7 @@ def compatibility(entries: list[Row], rows: list[Row]) -> str:
     parts: list[str] = []
     for task in dict.fromkeys(entry["task"] for entry in entries):
         own = [entry for entry in entries if entry["task"] == task]
-        runs = [row for row in rows if row["experiment"] == COMPATIBILITY and row["name"].startswith(task + " ")]
+        runs = [row for row in rows if row["experiment"] == COMPATIBILITY and row["labels"]["task"] == task]
         parts += [
             f"<h3>{html.escape(task)}: {own[0]['length']:,} tokens a step</h3>",
             figure(f"training on {task}", *_draw_runs(runs), height=4.0),
@@ -192,7 +192,8 @@ def horizon(entries: list[Row], rows: list[Row]) -> str:
 
     def losses(axes: Any) -> None:
         for colour, gradient in zip(COLOURS, ("exact", "truncated"), strict=False):
-            runs = [r for r in rows if r["experiment"] == HORIZON and r["name"].startswith(f"{gradient} {longest} ")]
+            own = [row for row in rows if row["experiment"] == HORIZON and row["task"]["gradient"] == gradient]
+            runs = [row for row in own if row["task"]["horizon"] == longest]
             for index, run in enumerate(runs):
                 axes.plot(run["result"]["losses"], color=colour, label=gradient if not index else None)
         axes.set(xlabel=f"training at {longest:,} tokens, groups of steps", ylabel="loss, nats")
@@ -323,8 +324,8 @@ def _draw_runs(runs: list[Row]) -> list[Callable[[Any], None]]:
         def one(axes: Any) -> None:
             for row in runs:
                 result = row["result"]
-                label, style = row["name"].split()[1], {}
-                if not label.endswith("seed0"):
+                label, style = regime_name(row["labels"]), {}
+                if row["labels"]["seed"]:
                     named = _OTHER_SEEDS in axes.get_legend_handles_labels()[1]
                     label, style = f"_{label}" if named else _OTHER_SEEDS, {"linestyle": ":", "color": COLOURS[-1]}
                 axes.plot(result[steps], result[bits], linewidth=1, label=label, **style)

@@ -2,8 +2,8 @@
 
 A memory point is one gradient of a fresh model over random tokens in a process of its own. A time point is a process
 too: plain and several chunks in turn, round after round, so that what disturbs one disturbs all. Settings of glibc's
-malloc (`peak.MALLOC`) are the process' environment. Beside each measured figure stands a predicted one, in floats of 4
-bytes per token of what lives at once, with s layers of width d, h heads, M features per head and a vocabulary V:
+malloc (`measure.MALLOC`) are the process' environment. Beside each measured figure is a predicted one, in floats of
+4 bytes per token of what lives at once, with s layers of width d, h heads, M features per head and a vocabulary V:
 
     a layer's graph      A = 17 d + h + 4 (blocked)    19 d + 3 h + 4 (iterative)    (19 + M) d + h + 4 (prefix sum)
     the last layer's way back      E = max(4 V + d, 5.5 d)    prefix sum: (3 M - 9) d, states per token
@@ -27,17 +27,18 @@ from typing import Any
 
 import torch
 
-from slimgrad.bytelm.gradient import Method, add_gradient
-from slimgrad.data import Batch
-from slimgrad.models import Performer, PerformerConfig, get_preset
-from slimgrad.paper.peak import MALLOC, available_bytes, measure_in_turn, measure_peak
+from slimgrad.budget.measure import MALLOC, measure_in_turn
+from slimgrad.bytelm.gradient import Method
+from slimgrad.bytelm.memory import add_over_random_bytes, one_gradient
+from slimgrad.bytelm.presets import get_preset
+from slimgrad.models import Performer, PerformerConfig
+from slimgrad.paper.machine import available_bytes
 from slimgrad.paper.programme import Point, Row
 
 EXPERIMENT = "tradeoff"
 CONFIGURATIONS = ("I", "II", "III", "IV")
 FORMS = ("blocked", "iterative", "prefix_sum")
 _SMALLEST_CHUNK = 16
-_WARM_UP_TOKENS = 64
 _SECONDS = {"I": 12.0, "II": 4.0, "III": 16.0, "IV": 60.0}  # of one gradient, on one core
 _ROUNDS = 3
 _TIMED_IV = (256, 4096)  # a gradient of IV takes a minute
@@ -73,6 +74,7 @@ def tradeoff_points(*, quick: bool = False, device: str = "cpu") -> list[Point]:
                     Point(
                         experiment=EXPERIMENT,
                         name=f"{name} {form} {words} {malloc}",
+                        labels={"configuration": name, "form": form, "malloc": malloc},
                         function=f"{__name__}:measure_cost",
                         task={"model": model, "length": length, "method": method, "chunk": chunk}
                         | ({"device": device} if device != "cpu" else {}),
@@ -95,6 +97,7 @@ def tradeoff_points(*, quick: bool = False, device: str = "cpu") -> list[Point]:
                 Point(
                     experiment=EXPERIMENT,
                     name=f"{name} {form} time {malloc}",
+                    labels={"configuration": name, "form": form, "malloc": malloc},
                     function=f"{__name__}:measure_times",
                     task={"model": model, "length": length, "chunks": timed, "rounds": _ROUNDS, "device": device},
                     seconds=_seconds(name, form, 0.2) * (len(timed) + 2) * (_ROUNDS + 1),
@@ -127,15 +130,9 @@ def measure_cost(
     Returns:
         `peak_bytes` and `seconds`, or None for both and a `note` where the pass would not fit.
     """
-    config = PerformerConfig(**model)
-    if note := too_large(config, length, method, chunk, device):
+    if note := too_large(PerformerConfig(**model), length, method, chunk, device):
         return {"peak_bytes": None, "seconds": None, "note": note}
-    torch.manual_seed(0)
-    performer = Performer(config).to(device)
-    few = min(_WARM_UP_TOKENS, length)
-    _add(performer, few, method, few // 2)  # loads what torch loads lazily, and makes the gradients
-    # the gradients' bytes stay within what is held before: the pass makes them anew
-    return measure_peak(lambda: _add(performer, length, method, chunk), device)._asdict() | {"note": ""}
+    return one_gradient(model=model, length=length, method=method, chunk=chunk, device=device)
 
 
 def measure_times(
@@ -153,14 +150,14 @@ def measure_times(
     performer = Performer(PerformerConfig(**model)).to(device)
     methods: dict[str, tuple[Method, int]] = {"plain": ("plain", length), "checkpoint": ("checkpoint", length)}
     methods |= {str(chunk): ("chunked", chunk) for chunk in chunks}
-    works = {name: functools.partial(_add, performer, length, *how) for name, how in methods.items()}
+    works = {name: functools.partial(add_over_random_bytes, performer, length, *how) for name, how in methods.items()}
     return {"seconds": measure_in_turn(works, rounds, device)}
 
 
 def too_large(config: PerformerConfig, length: int, method: Method, chunk: int, device: str = "cpu") -> str:
     """What is lacking for a gradient; empty where it fits."""
     needed, free = predict_bytes(config, length, method, chunk), available_bytes(device)
-    if free is None or needed <= 0.9 * free:
+    if needed <= 0.9 * free:
         return ""
     return f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
 
@@ -217,13 +214,18 @@ def compare_times(rows: list[Row]) -> list[Row]:
             continue
         (configuration, form, malloc), task, measured = _kind(row), row["task"], row["result"]["seconds"]
         config, length = PerformerConfig(**task["model"]), task["length"]
-        for name, seconds in measured.items():
-            method: Method = "chunked" if name.isdigit() else name
+        ways: list[tuple[str, Method, int]] = [("plain", "plain", length), ("checkpoint", "checkpoint", length)]
+        for chunk in task["chunks"]:
+            ways.append((str(chunk), "chunked", chunk))
+        for name, method, chunk in ways:
+            if name not in measured:  # none is, where plain backpropagation would not fit
+                continue
+            seconds = measured[name]
             ratios = [ours / plain for ours, plain in zip(seconds, measured["plain"], strict=True)]
-            flops = predict_flops(config, length, method, int(name) if name.isdigit() else length)
+            flops = predict_flops(config, length, method, chunk)
             table.append({
                 "configuration": configuration, "form": form, "malloc": malloc, "method": method,
-                "chunk": int(name) if name.isdigit() else length, "length": length, "rounds": task["rounds"],
+                "chunk": chunk, "length": length, "rounds": task["rounds"],
                 "seconds": statistics.median(seconds), "of_plain_time": statistics.median(ratios),
                 "least": min(ratios), "most": max(ratios), "predicted_flops": flops,
                 "time_over_flops": statistics.median(ratios) / flops,
@@ -233,16 +235,9 @@ def compare_times(rows: list[Row]) -> list[Row]:
 
 def _kind(row: Row) -> tuple[str, str, str]:
     """Configuration, form and setting of malloc."""
-    words = row["name"].split()
-    return words[0], words[1], words[-1]
+    labels = row["labels"]
+    return labels["configuration"], labels["form"], labels["malloc"]
 
 
 def _ratio(value: float | None, reference: float | None) -> float:
     return math.nan if value is None or not reference else value / reference
-
-
-def _add(model: Performer, length: int, method: Method, chunk: int) -> None:
-    model.zero_grad(set_to_none=True)
-    tokens = torch.randint(256, (1, length + 1), dtype=torch.uint8)
-    batch = Batch(tokens[:, :-1], tokens[:, 1:].to(torch.int16))
-    add_gradient(model, batch, method=method, chunk=chunk, schedule=None, normalizer=length)

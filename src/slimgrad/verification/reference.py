@@ -1,7 +1,8 @@
-"""Plain backpropagation over chunks in one graph, or over one call: what `verify` compares the sweep with.
+"""Plain backpropagation: over one call, and over chunks in one graph, with which `verify` compares the sweep.
 
-It slices, shifts, counts and adds up on its own, so that a fault of the sweep's in these shows as well. It shares with
-the sweep the seed of each chunk and where it is cut.
+The latter slices, shifts, counts and adds up on its own, so that a fault of the sweep's in these shows as well. It
+shares with the sweep the seed of each chunk and where it is cut. The former has nothing of the sweep's around it, so
+that its time and memory are what backpropagation takes.
 """
 
 from __future__ import annotations
@@ -56,6 +57,36 @@ def as_verified(subject: Subject) -> Generator[None]:
             yield
         finally:
             torch.set_default_dtype(before)
+
+
+def plain_backward(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor | None = None,
+    *,
+    state: Any = None,
+    normalizer: float | None = None,
+) -> float:
+    """Plain backpropagation, to be compared with: one call of the model, its whole graph, gradients added to `.grad`.
+
+    Args:
+        model: a causal step.
+        inputs: `[batch, time]`.
+        targets: like the inputs, -100 where none counts; None: the next input is the target.
+        state: to begin with; None: the model's own.
+        normalizer: what the summed cross-entropy is divided by; None: the targets that count.
+
+    Returns:
+        The loss. Memory is linear in the length: every activation is kept.
+    """
+    device = device_of(model)
+    outputs, _ = model(inputs.to(device), cast(Any, model).initial_state(len(inputs)) if state is None else state)
+    if targets is None:
+        outputs, targets = outputs[:, :-1], inputs[:, 1:]
+    targets = targets.to(device)
+    loss = cross_entropy_sum(outputs, targets) / (_count(targets) if normalizer is None else normalizer)
+    loss.backward()
+    return float(loss.detach())
 
 
 def in_one_graph(subject: Subject, chunk: int | None) -> Outcome:
