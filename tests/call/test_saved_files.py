@@ -164,6 +164,19 @@ def test_a_disk_that_fills_up_while_it_is_written(room: int, tmp_path: Path) -> 
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_was_saved_on_another_gpu_comes_to_this_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, x = torch.device("cuda:1"), torch.rand(3)
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: str(one))
+    write_document(tmp_path, {"x": x, "device": one})
+    monkeypatch.undo()
+    found = read_document(tmp_path, torch.device("cpu"))
+    assert torch.equal(found["x"], x)
+    assert found["device"] == one
+    if not torch.cuda.is_available():
+        with pytest.raises(sg.InputError, match="expected the devices that the segment was saved on"):
+            read_document(tmp_path)
+
+
 def test_a_failed_save_ends_the_sweep_and_a_load_goes_on(tmp_path: Path) -> None:
     """From `on_chunk` the error is the caller's, who makes room and loads."""
     expected = built("gates")

@@ -11,7 +11,7 @@ import torch
 import slimgrad as sg
 from tests import toy_models
 from tests.contract import contract, kinds
-from tests.contract.cases import BATCH, CASES, LENGTH
+from tests.contract.cases import BATCH, CASES, LENGTH, tokens
 from tests.contract.test_kinds import KINDS, name_of
 from tests.cuda.device import DEVICE, MODELS, PLACES, SCHEDULES, every_model, moved, on_device
 
@@ -64,6 +64,40 @@ def test_leaves_of_the_state_on_two_devices(name: str, store: str, monkeypatch: 
     """Counters that the model left on the CPU."""
     monkeypatch.setattr(toy_models, "torch", torch)
     contract.check(on_device(MODELS[name]), chunk=16, schedule=sg.Keep(store=store))
+
+
+class HalfOnTheCpu(toy_models.GatedRecurrence):
+    """A floating state that the model keeps on the CPU, beside one on the device."""
+
+    def initial_state(self, batch_size: int) -> Any:
+        return super().initial_state(batch_size) | {"mean": torch.zeros(batch_size, 6, dtype=torch.float64)}
+
+    def forward(self, inputs: Any, state: Any) -> Any:
+        outputs, following = super().forward(inputs, state)
+        mean = 0.9 * state["mean"] + following["h"].to(state["mean"])
+        return outputs + self.head(mean.to(outputs))[:, None], following | {"mean": mean}
+
+
+@pytest.mark.parametrize("way", ["backward", "loss"])
+def test_floating_states_on_two_devices(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy_models, "torch", torch)
+    torch.manual_seed(1)
+    model, inputs = HalfOnTheCpu().to(DEVICE, torch.float64), moved(tokens())
+    norms: list[Any] = []
+
+    def call(chunk: int) -> Any:
+        if way == "backward":
+            loss = sg.backward(model, inputs, chunk=chunk, on_chunk=lambda event: norms.append(event.adjoint_norm)).loss
+        else:
+            loss = sg.loss(model, inputs, chunk=chunk)
+            loss.backward()
+        return loss.detach(), contract.collect(model, None, None)
+
+    targets = contract.explicit(inputs, None)
+    _, expected = contract.specified(model, inputs, targets, chunk=16)
+    error, name = contract.worst_error(call(16)[1], contract.without_state((torch.zeros(()), expected))[1])
+    assert error <= contract.TOLERANCE, (name, error)
+    assert way == "loss" or all(norm > 0 for norm in norms[-3:-1])
 
 
 @pytest.mark.parametrize("way", ["backward", "loss", "outputs"])

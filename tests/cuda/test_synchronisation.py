@@ -87,13 +87,14 @@ def test_a_chunk_waits_once(name: str, schedule: sg.Schedule, host: bool, monkey
 @on_cuda_only
 @pytest.mark.parametrize("store", PLACES[1:])
 @pytest.mark.parametrize("name", ["gated", "linear attention", "all kinds"])
-def test_states_kept_elsewhere_wait_once_for_each_leaf(name: str, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_kept_elsewhere_wait_little(name: str, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the host not at all, on a disk once for each leaf."""
     rows = waits(name, monkeypatch, host=False, schedule=sg.Keep(store=store))
     leaves = len(pytree.tree_leaves(MODELS[name]()[0].initial_state(2)))
     for kind in (Kind.STORE, Kind.LOAD):
         counts = Counter(n for k, _, n in rows if k is kind)
         print(f"{name} {store} {kind.name}: {dict(counts)} for {leaves} leaves")
-        assert max(counts) <= leaves
+        assert max(counts) <= (0 if store == "host" else leaves)  # pinned memory is copied on the stream
 
 
 class Leaving(TorchDispatchMode):

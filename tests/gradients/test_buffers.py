@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -156,6 +158,42 @@ class InnerGradient(nn.Module):
             x = x if x.requires_grad else x.detach().requires_grad_()
             (slope,) = torch.autograd.grad(self.inner(x).square().sum(), x, create_graph=self.create_graph)
         return x - 0.1 * slope + self.inner(x)
+
+
+class OnAStreamOfItsOwn(nn.Module):
+    """As far as anybody asks which stream is the current one."""
+
+    def __init__(self, current: list[str]) -> None:
+        super().__init__()
+        self.inner, self.current = nn.Linear(6, 6), current
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.current.append("side")
+        try:
+            return self.inner(x)
+        finally:
+            self.current.pop()
+
+
+def test_nothing_is_added_in_place_from_another_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd would not know of it: the next chunk might read the buffer before that stream has written it."""
+    current, calls, swapped, add = ["main"], [0], Gather.swapped_into, Gather.add_product
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+
+    @contextmanager
+    def on_main(self: Gather, module: nn.Module) -> Iterator[None]:
+        with swapped(self, module):
+            self._streams = {TOKENS.device: "main"}  # on a CPU there are none
+            yield
+
+    def counted(self: Gather, *args: Tensor) -> None:
+        calls[0] += 1
+        add(self, *args)
+
+    monkeypatch.setattr(Gather, "swapped_into", on_main)
+    monkeypatch.setattr(Gather, "add_product", counted)
+    require_exact(Summed(OnAStreamOfItsOwn(current)))
+    assert calls == [6]  # the head's, in six chunks
 
 
 @pytest.mark.parametrize("create_graph", [True, False])

@@ -144,7 +144,7 @@ def test_a_cut_gradient_of_complex_states_is_seen(carrier: type, monkeypatch: py
     if carrier is SumCarrier:
         monkeypatch.setattr(SumCarrier, "roots", lambda self: [])
     else:
-        monkeypatch.setattr(RowsCarrier, "add_gradient", lambda self, g, first: None)
+        monkeypatch.setattr(RowsCarrier, "add_gradient", lambda self, g, first=0: None)
     result = sg.backward(model, inputs, targets, chunk=8, state=given(model, inputs), final_state_grad=final_gradient)
     gradients = {name: g for name, g in result.initial_state_grad.items() if g is not None}
     with pytest.raises(AssertionError, match="off by"):

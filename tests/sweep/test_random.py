@@ -95,6 +95,16 @@ def test_the_models_own_device_is_seeded_and_no_other(monkeypatch: pytest.Monkey
     assert not torch.equal(before[2], after[2])  # another device's generator is its user's affair
 
 
+def test_every_device_of_a_model_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Backend()
+    monkeypatch.setattr(torch, "xpu", backend)
+    devices = [torch.device(name) for name in ("xpu:1", "cpu", "xpu:0")]
+    first, second = generators(*devices)[2], generators(*devices)[1]
+    assert [first, second] == backend.default_generators
+    with seeded(7, *devices):
+        assert torch.equal(torch.rand(3, generator=first), torch.rand(3, generator=second))
+
+
 def test_generators_of_a_cpu_of_mps_and_of_who_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert generators(CPU) == [torch.default_generator]
     apple = torch.Generator()

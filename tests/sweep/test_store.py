@@ -57,6 +57,27 @@ def test_what_is_put_comes_back(place: str | Path, x: Tensor) -> None:
     store.close()
 
 
+def test_rows_on_an_accelerator_begin_where_torch_would() -> None:
+    """At multiples of 512 bytes; "meta" is any device that is no CPU."""
+    store = Store("device", 5)
+    rows = [store.get(store.put(0, torch.empty(3, 5, device="meta"))) for _ in range(3)]
+    assert [row.storage_offset() * row.itemsize % 512 for row in rows] == [0, 0, 0]
+    assert max(row.storage_offset() for row in rows) > 0
+
+
+def test_slabs_of_a_device_come_back_on_another() -> None:
+    one, other = torch.device("cuda:1"), torch.device("cpu")
+    store, x = Store("host", 2), torch.rand(3, 5)
+    handle, saved = store.put(0, x), store.state()
+    (_, *rest, _), *_ = (slab["layout"] for slab in saved)
+    saved[0]["layout"] = (0, *rest, one)  # as it is where it was kept of a tensor on that device
+    again = Store("host", 2)
+    again.load_state(saved, {one: other})
+    assert torch.equal(again.get(handle), x)
+    again.free(handle)
+    assert again.put(0, x) == handle  # a row of this device's
+
+
 def test_one_row_then_one_slab_for_the_rest() -> None:
     store = Store("device", 10)
     x = torch.zeros(4, 4)

@@ -51,7 +51,7 @@ def is_counted(targets: Tensor) -> Tensor:
 def count_targets(targets: Any, batch: int, time: int) -> int:
     """How many targets are not ignored; for anything but integer targets, every position counts."""
     if isinstance(targets, Tensor) and not targets.is_floating_point() and not targets.is_complex():
-        return sum(int(is_counted(piece).sum()) for piece in targets.split(_COUNT_PIECE, dim=1))
+        return int(sum(is_counted(piece).sum() for piece in targets.split(_COUNT_PIECE, dim=1)))  # waits once
     return batch * time
 
 

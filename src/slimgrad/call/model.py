@@ -39,9 +39,9 @@ class SharedModel:
     def __init__(self, model: nn.Module, gather: Gather | None, context: tree.Tree | None) -> None:
         self.model = model
         self.gather = gather
-        first = next((t for t in (*model.parameters(), *model.buffers())), None)
-        self.device = torch.device("cpu") if first is None else first.device
-        self._is_on_one_device = {x.device for x in (*model.parameters(), *model.buffers())} <= {self.device}
+        self.device = device_of(model)
+        # in an order that is the same each time
+        self.devices = [*dict.fromkeys([self.device, *(x.device for x in (*model.parameters(), *model.buffers()))])]
         self.context_leaves: list[Tensor] = []
         self.context = None if context is None else tree.map_tensors(self._stand_in_for_context, context)
         # forward alone where something is compiled: it and an `advance` that is not would differ in bits
@@ -70,7 +70,7 @@ class SharedModel:
         # signals wait until the model is its own again; whoever insists, sends a second
         with (
             uninterrupted(second_passes=True),
-            seeded(seed, self.device),
+            seeded(seed, *self.devices),
             caches_aside(),
             stand_ins,
             self._guard.watching(),
@@ -99,7 +99,7 @@ class SharedModel:
             result = run(state)
         else:
             with self._guard.watching(first=True):
-                result = self._watch.run(method, run, state, lambda: seeded(self._seed, self.device))
+                result = self._watch.run(method, run, state, lambda: seeded(self._seed, *self.devices))
             if self.gather is not None:
                 self.gather.refuse_hooks()
             self._tried.add(method)
@@ -129,7 +129,7 @@ class SharedModel:
         edges = [get_gradient_edge(x) for x in leaves]
         tensors = [root.tensor for root in roots]
         self.refuse_lost(tensors, edges, where)
-        wholly = self._is_on_one_device and all(x.device == self.device for x in leaves)
+        wholly = len(self.devices) == 1 and all(x.device == self.device for x in leaves)
         with self.autocast(as_called=False), turn.lent(self.device, wholly=wholly):
             self.gather.backward(tensors, [root.cotangent for root in roots], edges)
 
@@ -158,6 +158,12 @@ class SharedModel:
             "it a parameter of the model (a loss with parameters is a method of the model), pass it as context, or "
             f"detach it{sharded}"
         )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is: its first parameter, or buffer."""
+    first = next((x for x in (*model.parameters(), *model.buffers())), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 @contextmanager

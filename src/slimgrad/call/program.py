@@ -154,7 +154,7 @@ class ChunkProgram:
 
     def draws(self) -> list[bytes]:
         """Where the random generators stand."""
-        return [generator.get_state().numpy().tobytes() for generator in generators(self.device)]
+        return [generator.get_state().numpy().tobytes() for generator in generators(*self.shared.devices)]
 
     def read(self, span: Span, *, head: bool) -> Piece:
         """The chunk, from wherever it comes."""

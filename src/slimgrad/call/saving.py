@@ -55,7 +55,7 @@ class _Hashing:
 
 
 def write_document(folder: Path, document: dict[str, Any]) -> None:
-    """Put `document` in place of what the folder holds.
+    """Put `document` in place of what the folder holds. Its "device", if it has one, is that of the model.
 
     Raises:
         StorageError: it could not be written. What was there is as it was.
@@ -76,6 +76,7 @@ def write_document(folder: Path, document: dict[str, Any]) -> None:
         finally:
             partial.unlink(missing_ok=True)
     record = {"format": _FORMAT, "file": name, "bytes": hashing.num_bytes, "sha256": hashing.hash.hexdigest()}
+    record |= {"device": str(document["device"])} if "device" in document else {}
     write_atomically(folder / _RECORD, (json.dumps(record, indent=1) + "\n").encode())
     for old in folder.glob("progress-*.pt"):
         if old.name != name:
@@ -83,8 +84,10 @@ def write_document(folder: Path, document: dict[str, Any]) -> None:
                 old.unlink()
 
 
-def read_document(folder: Path) -> dict[str, Any]:
+def read_document(folder: Path, device: torch.device | None = None) -> dict[str, Any]:
     """What `write_document` wrote last. Its tensors are mapped from the file, which may go meanwhile.
+
+    What was on the device of its model is put on this one, if it is another (a GPU of another number).
 
     Raises:
         InputError: nothing is there, or it is damaged.
@@ -98,11 +101,26 @@ def read_document(folder: Path) -> dict[str, Any]:
         if sha256(file) != record["sha256"]:
             raise InputError(f"{file} is damaged: expected sha256 {record['sha256'][:12]}..., found another")
         with safe_globals(list(subclasses(State))):  # pyright: ignore[reportArgumentType]
-            return torch.load(file, weights_only=True, mmap=True)
+            moves = _from_one_to_the_other(record.get("device"), device)
+            document = torch.load(file, weights_only=True, mmap=True, map_location=moves)
+        if str(document.get("device")) != str(record.get("device")):
+            raise InputError(f"{path} is damaged: expected the device {document.get('device')}, found another")
+        return document
     except FileNotFoundError as error:
         raise InputError(f"{folder}: expected a saved segment, found no {Path(str(error.filename)).name}") from error
+    except RuntimeError as error:
+        if "deserialize object" not in str(error):
+            raise
+        raise InputError(f"{folder}: expected the devices that the segment was saved on ({error})") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise InputError(f"{folder}: expected a saved segment, found one that cannot be read ({error})") from error
+
+
+def _from_one_to_the_other(before: str | None, now: torch.device | None) -> Callable[[Any, str], Any] | None:
+    """For torch.load; None where the model's device is the same."""
+    if before is None or now is None or before == str(now):
+        return None
+    return lambda storage, place: storage.to(device=now) if place == before else None
 
 
 def schedule_as_dict(schedule: Schedule) -> dict[str, Any]:

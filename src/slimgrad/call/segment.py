@@ -20,8 +20,10 @@ from slimgrad.call.arguments import DEFAULT_CHUNK, Call, Options, Result, Starte
 from slimgrad.call.guard import CalledWith
 from slimgrad.call.identity import differences, identity_of
 from slimgrad.call.losses import cross_entropy_sum
+from slimgrad.call.model import device_of
 from slimgrad.call.parallel import one_thread_at_a_time, refuse_unsynchronised
 from slimgrad.call.program import LossFn, sum_dtype
+from slimgrad.call.protocol import require_causal_model
 from slimgrad.call.saving import (
     read_document,
     schedule_as_dict,
@@ -155,7 +157,7 @@ class Segment:
                 if self._folder is None or plan.cut.chunk // parts < FLOOR:
                     raise
             logger.warning("going on from %s, in %d parts a chunk", self._folder, parts)
-            self._go_on_from(read_document(self._folder))
+            self._go_on_from(read_document(self._folder, self._call.shared.device))
             self._loss_grad, self._started.run.progress.plan.parts = loss_grad, parts
             if self.phase in ("new", "forward"):
                 self._started.run.forward()
@@ -189,6 +191,7 @@ class Segment:
         given = [packed_value(name, leaf) for name, leaf in zip(tree.paths(self._given_state), leaves, strict=True)]
         document = {
             "identity": self._identity,
+            "device": self._call.shared.device,
             "chunk": self._started.program.cut.chunk,
             "schedule": schedule_as_dict(self._call.schedule),
             "loss_grad": self._loss_grad,
@@ -222,7 +225,7 @@ class Segment:
             InputError: nothing was saved there, it is damaged, or something differs: with what does.
             ConsumedError: inputs that were read before have other values now.
         """
-        document = read_document(Path(folder))
+        document = read_document(Path(folder), device_of(require_causal_model(model)))
         state = None
         if document["state"] is not None:
             spec, leaves = document["state"]
@@ -257,7 +260,7 @@ class Segment:
         self._started = self._call.start(0, to_end=True)
         progress = self._started.run.progress
         made = [carrier.checksum() for carrier in progress.carriers]
-        progress.load_state(document["progress"])
+        progress.load_state(document["progress"], {document["device"]: self._call.shared.device})
         for carrier, bits in zip(progress.carriers, fetch(made), strict=True):
             if not progress.witness.agrees(f"state {carrier.name}", 0, bits):
                 raise InputError(

@@ -70,6 +70,7 @@ class Gather:
         self._wide: dict[str, Tensor] = {}
         self._places: _Places | None = None
         self._thread: int | None = None  # which thread runs a chunk on the stand-ins
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # on which a chunk runs
         self._graph_task: int | None = None  # autograd's number of the chunk's own backward pass
         self._stand_ins: dict[int, Tensor] = {}
         self.edges: list[GradientEdge] = []
@@ -170,6 +171,11 @@ class Gather:
     def is_inside(self, device: torch.device) -> bool:
         """Whether a chunk runs on the stand-ins, in this thread (on other devices autograd has its own)."""
         return self._thread is not None and (device.type != "cpu" or self._thread == threading.get_ident())
+
+    def is_on_its_stream(self, device: torch.device) -> bool:
+        """Whether the work of now is in the chunk's own stream: autograd does not know what is added beside it."""
+        stream = self._streams.get(device)
+        return stream is None or torch.cuda.current_stream(device) == stream
 
     def is_own_backward(self) -> bool:
         """Whether this is the chunk's own backward pass, and not one that the model runs on its way or inside it."""
@@ -281,6 +287,8 @@ class Gather:
                 "the same ones until its backward is done"
             )
         self._thread = threading.get_ident()
+        devices = {x.device for x in self._stand_ins.values() if x.device.type == "cuda"}
+        self._streams = {device: torch.cuda.current_stream(device) for device in devices}
         try:
             for own, name, parameter in places.parameters:
                 own[name] = self._stand_ins[id(parameter)]

@@ -107,7 +107,7 @@ class Fused:
         # functional_call puts another weight there, whose gradient somebody else wants
         if gather is None or weight is None or own.get("weight") is not weight or not _is_ordinary(weight):
             return self._plain(input)
-        if input.is_nested:
+        if input.is_nested or not gather.is_on_its_stream(weight.device):
             return self._plain(input)
         if not self._is_linear:
             return cast(Tensor, _Embedding.apply(input, weight, gather))

@@ -270,8 +270,9 @@ def mismatch(name: str, span: Span) -> StateMismatchError:
     return StateMismatchError(
         f"state {name}, {span}: rebuilt with other bits than in the forward sweep, so "
         "the gradient would not be exact. Expected the same computation twice; look for a random draw from another "
-        "generator (Python's, NumPy's), a nondeterministic kernel (torch.use_deterministic_algorithms), `advance` "
-        "computing otherwise than `forward`, or a weight, a buffer or the number of threads changed in between"
+        "generator (Python's, NumPy's; on CUDA that of nn.LSTM and nn.GRU for dropout between their layers), a "
+        "nondeterministic kernel (torch.use_deterministic_algorithms), `advance` computing otherwise than `forward`, "
+        "or a weight, a buffer or the number of threads changed in between"
     )
 
 

@@ -15,7 +15,7 @@ from slimgrad.states.base import Carrier, Purpose, Root, Setting, State, mismatc
 from slimgrad.states.checksum import checksum
 from slimgrad.sweep.compiled import not_traced
 from slimgrad.sweep.record import Record
-from slimgrad.sweep.store import Store
+from slimgrad.sweep.store import Store, alignment_bytes
 
 
 class Growing(State):
@@ -210,8 +210,9 @@ class RowsCarrier(Carrier):
     def _write(self, rows: Tensor, start: int, stop: int) -> None:
         if stop > self._buffer.shape[1]:
             guess = int(self._growth * (stop - start)) + start if self._lengths.first == start else 0
-            # whole 64 bytes from sequence to sequence of the batch, however often the buffer grows: see `store`
-            capacity = -(-max(stop, guess, self._buffer.shape[1] * 3 // 2) // 64) * 64
+            # from sequence to sequence of the batch whole multiples of it, however often the buffer grows: see `store`
+            multiple = max(64, alignment_bytes(self._device) // rows.dtype.itemsize)
+            capacity = -(-max(stop, guess, self._buffer.shape[1] * 3 // 2) // multiple) * multiple
             wider = self._store.space((rows.shape[0], capacity, *rows.shape[2:]), rows.dtype, self._device)
             wider[:, :start] = self._buffer[:, :start]
             self._buffer = wider

@@ -29,6 +29,7 @@ _WORDS = re.compile(
     r"|bad_alloc"  # C++: small things, MKL's and LAPACK's workspaces
     r"|could not create a (memory|memory object|primitive)$|could not execute a primitive$"  # oneDNN
     r"|_ALLOC(ATION)?_FAILED|StatusAllocFailed"  # cuBLAS, cuDNN, cuSPARSE, cuFFT, their HIP namesakes, MKL; MIOpen
+    r"|CUBLAS_STATUS_NOT_INITIALIZED"  # where torch made it a handle, there was no room for it
     r"|out[ _]of[ _]((device|host)[ _])?memory"  # CUDA, HIP and MPS outside of torch's allocator; Level Zero
     r"|invalid buffer size: [\d.]+ [kmgt]i?b",  # MPS: larger than any buffer can be
     re.IGNORECASE | re.MULTILINE,

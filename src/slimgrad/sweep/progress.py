@@ -212,7 +212,8 @@ class Progress:
     def adjoint_norm(self) -> float:
         """Of all leaves together."""
         found = [a for a in (carrier.adjoint() for carrier in self.carriers) if a is not None]
-        return float(torch.stack([a.abs().float().norm() for a in found]).norm()) if found else 0.0
+        norms = [a.abs().float().norm() for a in found]
+        return float(torch.stack([norm.to(norms[0].device) for norm in norms]).norm()) if norms else 0.0
 
     def close(self) -> None:
         """Let go of states and files."""
@@ -241,11 +242,16 @@ class Progress:
             "parts": {name: part.state() for name, part in self.parts.items()},
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from there. The progress must have been made for the same model, sequence and schedule."""
+    def load_state(self, state: dict[str, Any], moved: Mapping[torch.device, torch.device]) -> None:
+        """Go on from there. The progress must have been made for the same model, sequence and schedule.
+
+        Args:
+            state: see `state`.
+            moved: where tensors of a device are now.
+        """
         self.seed, self.phase, self.final_gradient = state["seed"], state["phase"], state["final gradient"]
         self.plan.load_state(state["plan"])
-        self.store.load_state(state["store"])
+        self.store.load_state(state["store"], moved)
         for carrier, saved in zip(self.carriers, state["carriers"], strict=True):
             carrier.load_state(saved)
         self.same_bits = state["same bits"]

@@ -51,20 +51,22 @@ def derive_seed(seed: int, position: int) -> int:
     return z ^ (z >> 31)
 
 
-def generators(device: torch.device) -> list[torch.Generator]:
-    """The generators that a model on `device` draws from unless told otherwise: the CPU's, and the device's own.
+def generators(*devices: torch.device) -> list[torch.Generator]:
+    """The generators that a model on `devices` draws from unless told otherwise: the CPU's, and each device's own.
 
     Args:
-        device: where the model is. Without an index: its backend's current device.
+        devices: where the model is. Without an index: its backend's current device.
 
     Raises:
-        InputError: the device's backend does not say where its generators are.
+        InputError: a device's backend does not say where its generators are.
     """
-    if device.type == "cpu":
-        return [torch.default_generator]
+    return [torch.default_generator, *(_generator_of(device) for device in devices if device.type != "cpu")]
+
+
+def _generator_of(device: torch.device) -> torch.Generator:
     backend: Any = getattr(torch, device.type, None)
     if device.type == "mps":  # one device, one generator
-        return [torch.default_generator, backend._get_default_mps_generator()]
+        return backend._get_default_mps_generator()
     if not hasattr(backend, "default_generators"):
         raise InputError(
             f"random draws on {device}: expected torch.{device.type}.default_generators, a generator for each device, "
@@ -73,17 +75,17 @@ def generators(device: torch.device) -> list[torch.Generator]:
     if hasattr(backend, "init"):
         backend.init()  # before that the list is empty
     index = cast(int | None, device.index)  # torch's annotation leaves the None out
-    return [torch.default_generator, backend.default_generators[backend.current_device() if index is None else index]]
+    return backend.default_generators[backend.current_device() if index is None else index]
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Generator[None]:
-    """Within the block the generators of CPU and device draw from `seed`; then they are where they were.
+def seeded(seed: int, *devices: torch.device) -> Generator[None]:
+    """Within the block the generators of CPU and devices draw from `seed`; then they are where they were.
 
     Other devices' generators are not touched. One thread at a time: others wait.
     """
     with turn.taken():
-        saved = [(generator, generator.get_state()) for generator in generators(device)]
+        saved = [(generator, generator.get_state()) for generator in generators(*devices)]
         try:
             for generator, _ in saved:
                 generator.manual_seed(seed)

@@ -9,8 +9,8 @@ A slab in a file has its space reserved before it is mapped: on a disk without r
 `StorageError`. A file with holes would be mapped all the same, and the first write that finds no room kills the process
 (SIGBUS).
 
-Rows begin at multiples of 64 bytes, as torch's own allocations do: matrix products take another path through unaligned
-operands, and give other bits (measured: MKL, float32, operands off by 4 to 12 bytes).
+Rows begin at multiples of 64 bytes (512 on an accelerator), as torch's own allocations do: matrix products take another
+path through unaligned operands, and give other bits (measured: MKL, float32, operands off by 4 to 12 bytes).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +34,12 @@ from slimgrad.errors import StorageError
 
 Layout = tuple[int, torch.Size, torch.dtype, torch.device]
 
-_ALIGNMENT_BYTES = 64
 _ZEROS = bytes(1 << 20)
+
+
+def alignment_bytes(device: torch.device) -> int:
+    """At whose multiples torch's own allocations begin, or more."""
+    return 64 if device.type == "cpu" else 512
 
 
 @dataclass
@@ -96,7 +100,7 @@ class Store:
             number = len(self._slabs) - 1
         slab = self._slabs[number]
         row = slab.free.pop()
-        slab.rows[row].copy_(x.detach())
+        slab.rows[row].copy_(x.detach(), non_blocking=slab.rows.is_pinned())  # it comes back on the same stream
         return Handle(number, row)
 
     def get(self, handle: Handle) -> Tensor:
@@ -135,19 +139,27 @@ class Store:
 
     def state(self) -> list[dict[str, Any]]:
         """Every slab, as it is."""
+        for device in {slab.layout[-1] for slab in self._slabs if slab.rows.is_pinned()}:
+            torch.accelerator.synchronize(device)  # what is on its way to the host is there
         return [{"layout": slab.layout, "rows": slab.rows, "free": slab.free} for slab in self._slabs]
 
-    def load_state(self, state: list[dict[str, Any]]) -> None:
-        """Hold these slabs, at this store's own place."""
+    def load_state(self, state: list[dict[str, Any]], moved: Mapping[torch.device, torch.device]) -> None:
+        """Hold these slabs, at this store's own place.
+
+        Args:
+            state: see `state`.
+            moved: where tensors of a device are now.
+        """
         for saved in state:
             leaf, shape, dtype, device = saved["layout"]
+            device = moved.get(device, device)
             rows = self._rows(saved["rows"].shape[0], (leaf, shape, dtype, device))
             rows.copy_(saved["rows"])
             self._slabs.append(_Slab((leaf, shape, dtype, device), rows, list(saved["free"])))
 
     def _rows(self, rows: int, layout: Layout) -> Tensor:
         _, shape, dtype, device = layout
-        multiple = max(1, _ALIGNMENT_BYTES // dtype.itemsize)
+        multiple = max(1, alignment_bytes(device) // dtype.itemsize)
         row = -(-shape.numel() // multiple) * multiple  # elements from one row to the next
         flat = self._allocate(rows * row, dtype, device).view(rows, row)
         return flat[:, : shape.numel()].unflatten(1, shape or (1,)).view(rows, *shape)
