@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any, cast
 
+Fields = dict[str, Any]
 WINDOW = 7  # tokens of a sliding window
 ORIGINAL = 24  # tokens up to which a rotary embedding that depends on the length is as it was trained
 LAYERS = 4  # at least, if the model has as many
@@ -34,7 +35,7 @@ _SIZES: tuple[tuple[int, str], ...] = (
     (
         _HEAD,
         "head_dim kv_channels global_head_dim swa_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim "
-        "qk_nope_head_dim v_head_dim index_head_dim mamba_d_head mamba_head_dim mamba_headdim",
+        "qk_nope_head_dim v_head_dim index_head_dim mamba_d_head mamba_head_dim mamba_headdim d_head",
     ),
     (12, "qk_head_dim"),
     (
@@ -45,12 +46,13 @@ _SIZES: tuple[tuple[int, str], ...] = (
     (16, "q_lora_rank kv_lora_rank o_lora_rank"),
     (
         _INNER,
-        "decoder_ffn_dim encoder_ffn_dim ffn_dim intermediate_size ffn_hidden_size n_inner intermediate_size_mlp",
+        "d_inner decoder_ffn_dim encoder_ffn_dim ffn_dim intermediate_size ffn_hidden_size n_inner "
+        "intermediate_size_mlp",
     ),
     (
         _EXPERT,
         "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size "
-        "shared_intermediate_size expert_ffn_hidden_size",
+        "shared_experts_intermediate_size shared_intermediate_size expert_ffn_hidden_size",
     ),
     (_EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts"),
     (
@@ -120,7 +122,7 @@ _LEFT_OUT = (
     "quantization_config",
 )
 # what a first attempt may lack, tried one after the other
-ALTERNATIVES: tuple[dict[str, Any], ...] = (
+ALTERNATIVES: tuple[Fields, ...] = (
     {},
     {"num_key_value_heads": _HEADS, "num_kv_heads": _HEADS},
     {"head_dim": _HEAD // 2, "num_key_value_heads": _HEADS},
@@ -132,7 +134,7 @@ ALTERNATIVES: tuple[dict[str, Any], ...] = (
 )
 
 
-def shrunk(config: Any, alternative: dict[str, Any]) -> Any:
+def shrunk(config: Any, alternative: Fields) -> Any:
     """A small configuration of the same class.
 
     Args:
@@ -150,18 +152,11 @@ def shrunk(config: Any, alternative: dict[str, Any]) -> Any:
         return kind(**fields)
 
 
-def shrunk_fields(config: Any, alternative: dict[str, Any]) -> dict[str, Any]:
+def shrunk_fields(config: Any, alternative: Fields) -> Fields:
     """The fields of a small configuration, every other one as it is."""
-    fields = copy.deepcopy(cast("dict[str, Any]", config.to_dict()))
-    rule = RULES.get(fields.get("model_type", ""), dict[str, Any]())
-    equal = [few for few, many in _SHARED_HEADS if fields.get(few) is not None and fields[few] == fields.get(many)]
-    for name, value in SIZES.items():
-        if name in fields:
-            fields[name] = _at_most(value, fields[name])
-    for few in equal:
-        fields[few] = _HEADS
+    fields = _shrink_sizes(copy.deepcopy(cast("dict[str, Any]", config.to_dict())))
     for name, value in alternative.items():
-        if fields.get(name) is not None and name not in rule:
+        if fields.get(name) is not None:
             fields[name] = value
     fields = {name: value for name, value in fields.items() if not (value is None and name in alternative)}
     fields.update({name: 0.0 for name in CALM if fields.get(name) is not None})
@@ -171,10 +166,16 @@ def shrunk_fields(config: Any, alternative: dict[str, Any]) -> dict[str, Any]:
             fields[part] = shrunk_fields(inner, alternative)
     _shrink_layers(config, fields)
     _shrink_rope(fields)
-    fields.update(rule(fields) if callable(rule) else rule)
+    fields.update(_by_type(fields))
     for name in _LEFT_OUT:
         fields.pop(name, None)
     return fields
+
+
+def _shrink_sizes(fields: Fields) -> Fields:
+    equal = [few for few, many in _SHARED_HEADS if fields.get(few) is not None and fields[few] == fields.get(many)]
+    small = {name: _at_most(SIZES[name], value) if name in SIZES else value for name, value in fields.items()}
+    return {**small, **dict.fromkeys(equal, _HEADS)}
 
 
 def _at_most(size: int, value: Any) -> Any:
@@ -192,7 +193,7 @@ def _depth(config: Any) -> int | None:
     return None
 
 
-def _shrink_layers(config: Any, fields: dict[str, Any]) -> None:
+def _shrink_layers(config: Any, fields: Fields) -> None:
     """The first layers, and two of each kind; or one of each kind, where that is too many."""
     depth = _depth(config)
     if depth is None:
@@ -220,15 +221,14 @@ def _shrink_layers(config: Any, fields: dict[str, Any]) -> None:
         if isinstance(fields.get(k), int):
             fields[k] = len(kept)
     if options:
-        small = {i: {k: _at_most(SIZES.get(k, v), v) for k, v in options[i].items()} for i in kept if i in options}
-        fields["per_layer_config"] = {kept.index(i): value for i, value in small.items()}
+        fields["per_layer_config"] = {at: _shrink_sizes(options[i]) for at, i in enumerate(kept) if i in options}
     if fields.get(_SHARING):
         fields[_SHARING] = sum(i >= own for i in kept)
     if isinstance(fields.get("encoder_layers"), int):  # a decoder's cache may have as many
         fields["encoder_layers"] = min(fields["encoder_layers"], len(kept))
 
 
-def _shrink_rope(fields: dict[str, Any]) -> None:
+def _shrink_rope(fields: Fields) -> None:
     """Thresholds that 44 tokens pass, and one factor per frequency."""
     rope = fields.get("rope_parameters") or fields.get("rope_scaling")
     if not isinstance(rope, dict):
@@ -260,29 +260,29 @@ def _ropes(rope: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield rope
 
 
-# by model type, what the names above do not say
-RULES: dict[str, Any] = {
-    "zamba2": {"attention_hidden_size": 2 * _WIDTH, "attention_head_dim": 2 * _WIDTH // _HEADS},
-    "zamba": {
-        "attention_hidden_size": 2 * _WIDTH,
-        "attention_head_dim": 2 * _WIDTH // _HEADS,
-        "n_mamba_heads": 2,
-    },
-    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "chunk_size": 8},  # its cache rounds widths up to 64
-    "gpt_neo": lambda fields: {"attention_types": [[[kind], 1] for kind in fields["attention_layers"]]},
-    "hrm_text": lambda fields: {
-        "num_layers_per_stack": 1,
-        "num_hidden_layers": fields["H_cycles"] * (fields["L_cycles"] + 1),
-    },
-    "longcat_flash": {"num_layers": 2, "num_hidden_layers": 2},
-    "dbrx": lambda fields: {
-        "attn_config": {**fields["attn_config"], "kv_n_heads": _KEY_HEADS},
-        "ffn_config": {**fields["ffn_config"], "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
-    },
-    "deepseek_v4": lambda fields: {
-        "compress_rates": {
-            kind: min(rate, 2 if "sparse" in kind else 4) for kind, rate in fields["compress_rates"].items()
+def _by_type(fields: Fields) -> Fields:
+    """What the names above do not say, for some model types."""
+    kind = fields.get("model_type")
+    if kind in ("zamba", "zamba2"):
+        wide = {"attention_hidden_size": 2 * _WIDTH, "attention_head_dim": 2 * _WIDTH // _HEADS}
+        return {**wide, "n_mamba_heads": 2} if kind == "zamba" else wide
+    if kind == "xlstm":
+        return {"hidden_size": 128, "embedding_dim": 128, "chunk_size": 8}  # its cache rounds widths up to 64
+    if kind == "mamba2":
+        return {"num_heads": 8, "head_dim": 8}
+    if kind == "gpt_neo":
+        return {"attention_types": [[[layer], 1] for layer in fields["attention_layers"]]}
+    if kind == "hrm_text":  # a layer for each pass through a stack
+        return {"num_layers_per_stack": 1, "num_hidden_layers": fields["H_cycles"] * (fields["L_cycles"] + 1)}
+    if kind == "longcat_flash":
+        return {"num_layers": 2, "num_hidden_layers": 2}
+    if kind == "dbrx":
+        experts = {"ffn_hidden_size": _EXPERT, "moe_num_experts": _EXPERTS, "moe_top_k": 2}
+        return {
+            "attn_config": {**fields["attn_config"], "kv_n_heads": _KEY_HEADS},
+            "ffn_config": {**fields["ffn_config"], **experts},
         }
-    },
-    "mamba2": {"num_heads": 8, "head_dim": 8},
-}
+    if kind == "deepseek_v4":  # so that more entries are compressed than are chosen
+        rates = cast("dict[str, int]", fields["compress_rates"])
+        return {"compress_rates": {name: min(rate, 2 if "sparse" in name else 4) for name, rate in rates.items()}}
+    return {}

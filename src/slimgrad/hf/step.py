@@ -77,11 +77,6 @@ class BaseStep(nn.Module):
         if key not in self._kinds:
             cache = self.probe(weight.device)
             self._kinds[key] = self.kinds_in(cache)
-            if not any(kind.empty for kind in self._kinds[key]):
-                raise ModelError(
-                    f"{type(self.base).__name__} leaves the cache that it is given empty; expected its state in "
-                    "transformers' cache. See docs/huggingface.md for what can be swept"
-                )
         return self._kinds[key]
 
     def kinds_in(self, cache: Any) -> list[LayerKind]:
@@ -94,6 +89,11 @@ class BaseStep(nn.Module):
         with torch.no_grad(), seeded(0, device), self.within_a_sweep(_PROBED):
             found = self.original(input_ids=tokens, use_cache=True, **{self.cache_name: cache})
         self.output_type = type(found)
+        if getattr(found, self.cache_name, None) is not cache:
+            raise ModelError(
+                f"{type(self.base).__name__} does not hand back the cache that it is given; expected its state in "
+                "transformers' cache. See docs/huggingface.md for what can be swept"
+            )
         return cache
 
     def initial_state(self, batch_size: int) -> tree.Tree:

@@ -9,7 +9,7 @@ the same weight, zero. The number of entries so far is that of full windows befo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class DeepseekStep(BaseStep):
         return found
 
 
-def _empty(layer: Any) -> LayerState:
+def _empty(filled: DeepseekV4HCACache) -> LayerState:
+    layer = cast(Any, filled)
     state: LayerState = {"keys": layer.keys[:, :, :0].clone(), "buffers": {}, "compressed": {}, "overlap": {}}
     for name, kv in layer.buffer_kv.items():
         gate = layer.buffer_gate[name]

@@ -27,9 +27,7 @@ class MiniMaxStep(BaseStep):
         lightning: list[Any] = [*cache.linear_cache, *[None] * len(cache.layers)]
         softmax = [*cache.layers, *[None] * len(cache.linear_cache)]
         return [
-            _lightning(lightning[i])
-            if isinstance(lightning[i], Tensor)
-            else kind_of(softmax[i], self.chunk)
+            _lightning(lightning[i]) if isinstance(lightning[i], Tensor) else kind_of(softmax[i], self.chunk)
             for i in range(len(cache))
         ]
 
