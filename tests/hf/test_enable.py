@@ -299,7 +299,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], dict[str, Any]], str]] = {
     ),
     "types of tokens": (
         lambda ids: {"token_type_ids": torch.ones(2, 44).long()},
-        "token_type_ids other than zero",
+        "was given token_type_ids, with which chunks would give other outputs than a whole pass",
     ),
 }
 

@@ -104,11 +104,6 @@ def read_batch(given: dict[str, Any], config: Any, *, padding: int | None, takes
         raise InputError("expected input_ids or inputs_embeds, one of them")
     tokens = tensors["inputs_embeds"] if "inputs_embeds" in tensors else tensors["input_ids"]
     rows, time = tokens.shape[:2]
-    if "token_type_ids" in tensors and not hasattr(config, "type_vocab_size") and bool(tensors["token_type_ids"].any()):
-        raise InputError(
-            "token_type_ids other than zero: in several models such tokens look ahead (images, a prefix), which chunks "
-            "do not. Leave token_type_ids out, or slimgrad.hf.disable(model) for this call"
-        )
     positions = tensors.pop("position_ids", None)
     if positions is not None:
         if positions.dim() != 2 or positions.shape[1] != time or positions.shape[0] not in (1, rows):

@@ -22,7 +22,7 @@ from transformers.utils.generic import ModelOutput
 from slimgrad import api
 from slimgrad.errors import InputError, ModelError
 from slimgrad.hf import mends
-from slimgrad.hf.batch import padding_token, read_batch, refuse_targets_at_padding
+from slimgrad.hf.batch import PER_TOKEN, padding_token, read_batch, refuse_targets_at_padding
 from slimgrad.hf.certificate import Certificate
 from slimgrad.hf.head import IGNORED, linear_loss, loss_in_pieces
 from slimgrad.hf.rope import depends_on_length
@@ -164,6 +164,8 @@ class BaseForward(_Forward):
             return self.original(*args, **kwargs)
         refuse_modules(self.module)
         given, config, step = self.by_name(args, kwargs), self.step.config, self.step
+        names = [n for n in PER_TOKEN if given.get(n) is not None and (n != "position_ids" or step.takes_positions)]
+        self.certificate.require_taken(self.module, names)
         padding = padding_token(config) if self.certificate.counts_padding else None
         batch = read_batch(given, config, padding=padding, takes_positions=step.takes_positions)
         step.routes = bool(given.get("output_router_logits", getattr(config, "output_router_logits", False)))
