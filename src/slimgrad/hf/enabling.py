@@ -25,6 +25,8 @@ def enable(
 
     Works with the model's own `loss.backward()`, transformers' Trainer, TRL's trainers, Accelerate, PEFT (before or
     after `get_peft_model`), DistributedDataParallel around the model, and FSDP2 with the root as its unit.
+    Best before Accelerate's `prepare`: after it a loss of the model's own takes its head whole, since autocast is in a
+    forward that was there before.
 
     Args:
         model: a transformers model, or a PEFT model around one.

@@ -57,8 +57,8 @@ def require_same_outputs(inner: nn.Module, step: BaseStep) -> None:
         chunks = api.outputs(step, inputs, chunk=_CHUNK, state=state)["last_hidden_state"]
     if not bool(own.isfinite().all()):
         raise ModelError(
-            f"hidden states of this {type(inner).__name__} are not finite in one pass over {own.shape[1]} random tokens "
-            "already, without slimgrad; expected weights that can be trained"
+            f"hidden states of this {type(inner).__name__} are not finite in one pass over {own.shape[1]} random "
+            "tokens already, without slimgrad; expected weights that can be trained"
         )
     yardstick = max((_distance(other, own) for other in others), default=0.0)
     floor = _FLOORS.get(own.dtype, 0) * torch.finfo(own.dtype).eps or 30 * torch.finfo(torch.float32).eps
