@@ -51,14 +51,14 @@ def test_a_cut_state_gradient_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cut_state_gradient_of_growing_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RowsCarrier, "add_gradient", lambda self, g, first: None)
+    monkeypatch.setattr(RowsCarrier, "add_gradient", lambda self, g, first=0: None)
     with pytest.raises(AssertionError, match="off by"):
         contract.check(build["cached"], chunk=CHUNK)
 
 
 def test_gradients_of_a_window_added_to_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     add_gradient = RowsCarrier.add_gradient
-    monkeypatch.setattr(RowsCarrier, "add_gradient", lambda self, g, first: add_gradient(self, g, 0))
+    monkeypatch.setattr(RowsCarrier, "add_gradient", lambda self, g, first=0: add_gradient(self, g, 0))
     with pytest.raises(AssertionError, match="off by"):
         contract.check(build["window in a cache"], chunk=CHUNK)
 
