@@ -302,6 +302,7 @@ def test_data_that_is_none_is_refused(tiny: Path, tmp_path: Path) -> None:
         (("--rows", "tape"), "--rows tape: expected one of device, host"),
         (("--schedule", "sometimes"), "schedule 'sometimes': expected one of"),
         (("--logging", "wandb"), "--logging wandb: expected one of none, tensorboard, trackio"),
+        (("--device", "tpu"), "--device tpu: expected one of auto, cpu, cuda"),
         (("--memory", "1GB"), "a Hugging Face model: expected no --memory"),
         (("--set", "warmup=0"), "a Hugging Face model: expected no --set"),
     ],

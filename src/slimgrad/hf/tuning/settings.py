@@ -47,7 +47,7 @@ class Settings:
         eval_share: or that share of the documents.
         save_every: steps between checkpoints; None: about ten in all.
         logging: "none", "tensorboard" or "trackio".
-        device: "auto" or "cpu".
+        device: "cpu", "cuda", or "auto": the GPU where there is one.
     """
 
     model: str
@@ -86,7 +86,7 @@ class Settings:
         _require("bits", self.bits, lambda x: x == 4, "4")
         for name, known in (
             ("rows", ("device", "host")), ("dtype", ("float32", "bfloat16")), ("logging", LOGGERS),
-            ("device", ("auto", "cpu")),
+            ("device", ("auto", "cpu", "cuda")),
         ):  # fmt: skip
             _require(name, getattr(self, name), known.__contains__, f"one of {', '.join(known)}")
         self._refuse_what_excludes()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +12,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from slimgrad.budget.process import peak_resident_bytes
 from slimgrad.errors import RunError
 from slimgrad.hf.forwards import evaluated_in_chunks
 from slimgrad.hf.head import IGNORED
@@ -145,9 +144,4 @@ def peak_bytes(device: torch.device) -> int | None:
     """The most memory held so far: of the GPU's, or of this process; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        resource = cast(Any, importlib.import_module("resource"))
-    except ImportError:  # Windows
-        return None
-    peak = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_resident_bytes()

@@ -128,7 +128,7 @@ class _Work:
     @classmethod
     def prepared(cls, settings: Settings, say: Say) -> _Work:
         require_extras(settings)
-        _refuse_several_devices(settings)
+        _refuse_devices(settings)
         source = Source.open(settings.model)
         certificate = certify(source.blank)
         certificate.require_exact()
@@ -224,9 +224,11 @@ class _Work:
         return trainer
 
 
-def _refuse_several_devices(settings: Settings) -> None:
+def _refuse_devices(settings: Settings) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("slimgrad finetune runs in one process; expected it without torchrun. For several, use enable")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: expected a GPU that torch can use, found none. Leave it out to use the CPU")
     if torch.cuda.device_count() > 1 and settings.device != "cpu":
         raise InputError(
             f"{torch.cuda.device_count()} GPUs are visible, of which this command uses one. Set CUDA_VISIBLE_DEVICES=0"
