@@ -5,7 +5,8 @@
 
 Each type is certified (`slimgrad.hf.certifying`) in a process of its own, with a limit of time and of memory, from its
 configuration class' defaults, or from fields as in published models where the defaults make no model. Types that can be
-encoder or decoder are built as decoders. Writes results/hf_table.json and docs/huggingface-models.md.
+encoder or decoder are built as decoders. So are configurations of published models (`hf_published`). Writes
+results/hf_table.json and docs/huggingface-models.md.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import slimgrad
+from benchmarks.hf_published import CONFIGURATIONS, configuration
 from benchmarks.measure import RESULTS, save
 from slimgrad.hf.certifying import certify_class
 
@@ -62,6 +64,8 @@ FIELDS: dict[str, dict[str, Any]] = {
 def certified(name: str) -> dict[str, Any]:
     """One type's row."""
     start = time.process_time()
+    if name in CONFIGURATIONS:
+        return {**row(name, *configuration(name), start), "published": True}
     try:
         config = CONFIG_MAPPING[name](**FIELDS.get(name, {}))
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -73,6 +77,11 @@ def certified(name: str) -> dict[str, Any]:
         config = config.get_text_config(decoder=True)
     if hasattr(config, "is_decoder") and not getattr(config, "is_encoder_decoder", False):
         config.is_decoder = True
+    return row(name, kind, config, start)
+
+
+def row(name: str, kind: type[Any], config: Any, start: float) -> dict[str, Any]:
+    """What its certificate says."""
     found = certify_class(kind, config, cached=False)
     result = "exact" if found.is_exact else "not built" if found.reason.startswith(NOT_BUILT) else "refused"
     return {
@@ -136,15 +145,16 @@ def certified_all(names: list[str], jobs: int) -> Iterator[dict[str, Any]]:
 
 def document(rows: list[dict[str, Any]], versions: str) -> str:
     """The page of the documentation."""
-    counts = Counter(row["result"] for row in rows)
-    exact = [row["error"] for row in rows if row["result"] == "exact"]
+    types = [row for row in rows if not row.get("published")]
+    counts = Counter(row["result"] for row in types)
+    exact = [row["error"] for row in types if row["result"] == "exact"]
     summary = ", ".join(f"{counts[one]} {one}" for one in ("exact", "refused", "not built", "timed out") if counts[one])
     lines = [
         "# Hugging Face models, type by type",
         "",
         "<!-- written by python -m benchmarks.hf_table -->",
         "",
-        f"{versions}. Of {len(rows)} causal types in transformers' registry: {summary}; the largest error among the "
+        f"{versions}. Of {len(types)} causal types in transformers' registry: {summary}; the largest error among the "
         f"exact is {max(exact, default=0):.0e}.",
         "",
         "*Exact*: every gradient within 1e-10 (relative, float64) of plain backpropagation's, over several chunks and "
@@ -152,9 +162,23 @@ def document(rows: list[dict[str, Any]], versions: str) -> str:
         "with this reason. *Not built*: no small model came of the type's defaults; your own configuration may do. Any "
         "model's configuration is certified when it is enabled (see [Hugging Face models](huggingface.md)).",
         "",
-        "| type | state | result | head | needed, or why not | seconds |",
-        "|---|---|---|---|---|---|",
+        "The head is taken as `h W^T + b` (linear), through the model's own code in pieces, or whole. Seconds are of "
+        "one processor.",
+        "",
+        "## Configurations of published models",
+        "",
+        *table([row for row in rows if row.get("published")]),
+        "",
+        "## Every causal type",
+        "",
+        *table(types),
     ]
+    return "\n".join(lines) + "\n"
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Its lines."""
+    lines = ["| model | state | result | head | needed, or why not | seconds |", "|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: row["type"]):
         result = f"exact, {row['error']:.0e}" if row["result"] == "exact" else row["result"]
         words = "; ".join(row.get("needed", [])) or row.get("reason", "")
@@ -166,7 +190,7 @@ def document(rows: list[dict[str, Any]], versions: str) -> str:
             words.replace("|", "\\|"),
         ]
         lines.append("| " + " | ".join([*cells, str(row.get("seconds", ""))]) + " |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
@@ -182,16 +206,18 @@ def main() -> None:
     rows = [] if given.anew or not path.exists() else json.loads(path.read_text())["rows"]
     versions = {"transformers": transformers.__version__, "torch": torch.__version__, "slimgrad": slimgrad.__version__}
     known = {row["type"]: row for row in rows if row["versions"] == versions and row["type"] not in given.types}
-    names = [name for name in dict.fromkeys(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if name not in known]
+    names = [name for name in [*CONFIGURATIONS, *dict.fromkeys(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)] if name not in known]
     if given.types:
         names = [name for name in names if name in given.types]
     words = ", ".join(f"{name} {version}" for name, version in versions.items())
-    for row in certified_all(names, given.jobs):
-        known[row["type"]] = {**row, "versions": versions}
+    for found in certified_all(names, given.jobs):
+        known[found["type"]] = {**found, "versions": versions}
         rows = sorted(known.values(), key=lambda row: row["type"])
         save("hf_table", rows)
         DOCUMENT.write_text(document(rows, words[0].upper() + words[1:]))
-        print(f"{row['type']}: {row['result']} {row.get('error') or ''} {row.get('reason', '')[:100]}", flush=True)
+        print(
+            f"{found['type']}: {found['result']} {found.get('error') or ''} {found.get('reason', '')[:100]}", flush=True
+        )
     print(dict(Counter(row["result"] for row in known.values())))
 
 

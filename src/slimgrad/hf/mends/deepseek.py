@@ -33,13 +33,13 @@ class DeepseekStep(BaseStep):
 
 
 def _empty(filled: DeepseekV4HCACache) -> LayerState:
-    layer = cast(Any, filled)
+    layer, overlaps = cast(Any, filled), isinstance(filled, DeepseekV4CSACache)
     state: LayerState = {"keys": layer.keys[:, :, :0].clone(), "buffers": {}, "compressed": {}, "overlap": {}}
     for name, kv in layer.buffer_kv.items():
         gate = layer.buffer_gate[name]
         state["buffers"][name] = {"kv": kv[:, :0].clone(), "gate": gate[:, :0].clone()}
         state["compressed"][name] = no_rows(layer.compressed_kv[name])
-        if isinstance(layer, DeepseekV4CSACache):
+        if overlaps:
             shape = (kv.shape[0], layer.compress_rate, kv.shape[2] // 2)
             state["overlap"][name] = {"kv": kv.new_zeros(shape), "gate": gate.new_full(shape, -torch.inf)}
     return state
