@@ -1,6 +1,6 @@
 """Every causal type of transformers' registry: exact in chunks, refused with its reason, or not buildable.
 
-    python -m benchmarks.hf_table               # ten minutes on two cores; goes on where it was interrupted
+    python -m benchmarks.hf_table               # five minutes on two cores; goes on where it was interrupted
     python -m benchmarks.hf_table llama mamba   # these anew
 
 Each type is certified (`slimgrad.hf.certifying`) in a process of its own, with a limit of time and of memory, from its

@@ -172,7 +172,7 @@ def test_a_planted_fault_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) 
     print(fault, found.error, found.reason)
     assert not found.is_exact
     assert found.error is not None
-    assert found.error > 1e-4  # measured: 2e-3 and more
+    assert found.error > 1e-2  # measured: 0.16 (half of the last entry) to 1.6
     assert "differs from plain backpropagation's" in found.reason
     with pytest.raises(ModelError, match="not certified as exact in chunks: a gradient in chunks differs"):
         found.require_exact()
