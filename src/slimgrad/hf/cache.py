@@ -72,12 +72,9 @@ class RowsLayer(hf.DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.time = key_states.shape[2]
         last = None if self.window is None else self.window - 1 + self.time
-        found: list[Tensor] = []
-        for name, new in (("keys", key_states), ("values", value_states)):
-            rows, self.after[name] = self.before[name].append(new.transpose(1, 2), last=last)
-            found.append(rows.transpose(1, 2))
-        self.keys, self.values = found
-        return self.keys, self.values
+        keys, self.after["keys"] = self.before["keys"].append(key_states.transpose(1, 2), last=last)
+        values, self.after["values"] = self.before["values"].append(value_states.transpose(1, 2), last=last)
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
     def get_seq_length(self) -> int:
         return self.position + self.time
@@ -95,7 +92,6 @@ class IndexedLayer(RowsLayer, hf.DynamicIndexedLayer):
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         with torch.enable_grad():  # indexers choose without gradients; rows are appended with them, whoever asks
             rows, self.after["indexer"] = self.before["indexer"].append(indexer_key_states)
-        self.indexer_keys = rows
         return rows
 
 
@@ -133,6 +129,7 @@ class WindowLayer(hf.DynamicSlidingWindowLayer):
         # by name, since hybrid layers, which are no WindowLayer, update so too
         found = hf.DynamicSlidingWindowLayer.update(self, key_states, value_states, *args, **kwargs)
         self.after["keys"], self.after["values"] = self.keys, self.values
+        self.keys = self.values = None
         return found
 
 
@@ -218,6 +215,18 @@ class NoLayer(hf.DummyLayer):
         self.after = state
 
 
+class Taken(dict[Any, Any]):
+    """Where a layer writes that runs again after its state was taken: nowhere."""
+
+    def __getitem__(self, key: Any) -> Taken:
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+
+TAKEN = Taken()
+
+
 class FunctionalCache(hf.DynamicCache):
     """The cache that a model is handed for one chunk.
 
@@ -237,8 +246,14 @@ class FunctionalCache(hf.DynamicCache):
         return self._position
 
     def following(self) -> list[LayerState]:
-        """The state after the chunk."""
-        return [layer.after for layer in cast("list[Any]", self.layers)]
+        """The state after the chunk, which the cache itself lets go: a checkpointed layer, and so the chunk's graph,
+        holds the cache, and would hold itself for good.
+        """
+        layers = cast("list[Any]", self.layers)
+        found = [layer.after for layer in layers]
+        for layer in layers:
+            layer.after = TAKEN
+        return found
 
 
 def kinds_of(cache: hf.Cache, chunk: int) -> list[LayerKind]:

@@ -18,6 +18,7 @@ from slimgrad.hf.cache import FunctionalCache, LayerKind, kinds_of
 from slimgrad.hf.rope import fixed_frequencies
 from slimgrad.states.rows import Growing
 from slimgrad.sweep import tree
+from slimgrad.sweep.graphless import keeps_no_graph
 from slimgrad.sweep.random import seeded
 
 CACHE_NAMES = ("past_key_values", "cache_params")
@@ -173,7 +174,8 @@ class BaseStep(nn.Module):
 @contextmanager
 def _checkpointing_keeps_the_cache(base: nn.Module, around: Around) -> Generator[None]:
     """transformers' own activation checkpointing inside a chunk: its layers may read the cache twice, since ours do not
-    write to what they read. A flag of the whole model (which would switch the cache off) is set aside.
+    write to what they read. A flag of the whole model (which would switch the cache off) is set aside, and in the first
+    sweep, which keeps no graph, those of its layers too.
 
     A layer runs again in the chunk's backward pass, after this block: `around` is entered there anew.
     """
@@ -181,7 +183,8 @@ def _checkpointing_keeps_the_cache(base: nn.Module, around: Around) -> Generator
     others = list[Any]()
     for module in base.modules():
         if getattr(module, "gradient_checkpointing", False):
-            (layers if isinstance(module, GradientCheckpointingLayer) else others).append(module)
+            keeps = isinstance(module, GradientCheckpointingLayer) and not keeps_no_graph()
+            (layers if keeps else others).append(module)
     try:
         for layer in layers:
             layer._can_checkpoint_with_cache = True

@@ -15,12 +15,20 @@ Nothing comes out wrong in silence: a backward pass finds all that it reads, or 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
 
 from slimgrad.gradients.escaped import escaped
+
+_blocks = threading.local()
+
+
+def keeps_no_graph() -> bool:
+    """Whether this thread is within `graphless`, where activation checkpointing has nothing to save."""
+    return getattr(_blocks, "depth", 0) > 0
 
 
 class GraphWanted(Exception):  # noqa: N818
@@ -48,9 +56,11 @@ def graphless() -> Generator[None]:
         )
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_drop, refuse):
+        _blocks.depth = getattr(_blocks, "depth", 0) + 1
         try:
             yield
         finally:
+            _blocks.depth -= 1
             over.append(True)
             # where torch.compile meets torch.func.grad for the first time, and is refused, it leaves hooks forbidden in
             # this thread for good, and torch.utils.checkpoint with them

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.models.rwkv.modeling_rwkv import RwkvOutput
 
-from slimgrad.hf.cache import LayerKind, LayerState, RecurrentLayer
+from slimgrad.hf.cache import TAKEN, LayerKind, LayerState, RecurrentLayer
 from slimgrad.hf.step import BaseStep
 
 _SHIFTS, _TENSORS, _LARGEST = 2, 5, 4  # the token shifts come first; the largest exponent so far is the last
@@ -39,10 +39,13 @@ class RwkvStep(BaseStep):
 
     def following(self, cache: Any) -> Any:
         layers: list[LayerState] = cache[0].before
-        return [
+        found = [
             {**layer, "recurrence": {i: slots.after.get(at, layer["recurrence"][i]) for i, slots in enumerate(cache)}}
             for at, layer in enumerate(layers)
         ]
+        for slots in cache:
+            slots.after = TAKEN
+        return found
 
 
 class _Slots:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.models.xlstm.modeling_xlstm import xLSTMCache
 
-from slimgrad.hf.cache import LayerKind, LayerState, RecurrentLayer
+from slimgrad.hf.cache import TAKEN, LayerKind, LayerState, RecurrentLayer
 from slimgrad.hf.step import BaseStep
 
 
@@ -43,10 +43,13 @@ class XlstmCache:
 
     def following(self) -> list[LayerState]:
         """The state after the chunk."""
-        return [
+        found = [
             {**layer, "recurrence": {**layer["recurrence"], **cell.after}}
             for layer, cell in zip(self.before, self.rnn_state, strict=True)
         ]
+        for cell in self.rnn_state:
+            cell.after = TAKEN
+        return found
 
 
 class _Cell:
