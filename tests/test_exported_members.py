@@ -38,6 +38,7 @@ PUBLIC = {
     "SweepError",
     "backward",
     "evaluate",
+    "hf",
     "loss",
     "outputs",
     "receive_state",

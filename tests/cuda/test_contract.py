@@ -15,7 +15,7 @@ from tests.contract.cases import BATCH, CASES, LENGTH, tokens
 from tests.contract.test_kinds import KINDS, name_of
 from tests.cuda.device import DEVICE, MODELS, PLACES, SCHEDULES, every_model, moved, on_device
 
-OWN_DEVICE = ("gated", "cached", "signals", "gates in blocks", "window", "cache in experiments", "performer")
+OWN_DEVICE = ("gated", "cached", "signals", "gates in blocks", "window", "cache", "performer")
 
 
 @every_model
@@ -32,7 +32,7 @@ def test_every_schedule_and_place(name: str, schedule: str, store: str) -> None:
     contract.check(on_device(MODELS[name]), chunk=16, schedule=SCHEDULES[schedule](store=store))
 
 
-@pytest.mark.parametrize("name", ["cached", "all kinds", "cache in experiments"])
+@pytest.mark.parametrize("name", ["cached", "all kinds", "cache"])
 @pytest.mark.parametrize("rows", ["host", "disk"])
 @pytest.mark.parametrize("way", ["backward", "loss"])
 @pytest.mark.parametrize("batch", [1, BATCH])
