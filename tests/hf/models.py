@@ -16,7 +16,7 @@ from slimgrad.hf.forwards import enabled  # noqa: E402
 from slimgrad.hf.widen import widened  # noqa: E402
 
 VOCABULARY, WIDTH = 97, 32
-_SHAPE: dict[str, Any] = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
     "num_hidden_layers": 2,
@@ -31,15 +31,15 @@ _SHAPE: dict[str, Any] = {
 
 
 def llama(**fields: Any) -> Any:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_SHAPE, **fields}))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SHAPE, **fields}))
 
 
 def window() -> Any:
-    return transformers.MistralForCausalLM(transformers.MistralConfig(**_SHAPE, sliding_window=9))
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, sliding_window=9))
 
 
 def mamba2() -> Any:
-    shape = {name: _SHAPE[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id")}
+    shape = {name: SHAPE[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id")}
     sizes = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 8, "expand": 2}
     return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**shape, **sizes))
 
@@ -48,18 +48,18 @@ def hybrid(**fields: Any) -> Any:
     sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
     sizes |= {"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
     kinds = ["linear_attention", "full_attention"]
-    shape = {**_SHAPE, **sizes, **fields}
+    shape = {**SHAPE, **sizes, **fields}
     return transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**shape, layer_types=kinds))
 
 
 def gemma2() -> Any:
     sizes = {"head_dim": 8, "sliding_window": 9, "final_logit_softcapping": 3.0}
-    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**_SHAPE, **sizes))
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SHAPE, **sizes))
 
 
 def mixtral(**fields: Any) -> Any:
     experts = {"num_local_experts": 4, "experts_implementation": "eager"}  # others have no float64
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**_SHAPE, **experts, **fields))
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SHAPE, **experts, **fields))
 
 
 def bart() -> Any:

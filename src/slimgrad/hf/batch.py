@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -14,6 +15,7 @@ from slimgrad.errors import InputError
 from slimgrad.hf.step import CACHE_NAMES
 
 PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
 # what changes nothing in training: the mask, the cache and the shape of the answer are ours to make
 _IGNORED = (
@@ -92,7 +94,7 @@ def read_batch(given: dict[str, Any], config: Any, *, padding: int | None, takes
         given: the keyword arguments of its forward.
         config: the model's.
         padding: the token that moves later positions wherever it stands (models that count positions so); or None.
-        takes_positions: whether the model's forward takes `position_ids`.
+        takes_positions: whether the model's forward takes `position_ids`, by name or among others.
 
     Raises:
         InputError: what chunks cannot do exactly, by name.
@@ -162,6 +164,11 @@ def _refuse(given: dict[str, Any], config: Any) -> None:
             f"the model was given {', '.join(strange)} in training, of which slimgrad does not know how it is cut into "
             f"chunks; expected {', '.join(PER_TOKEN)} and attention_mask. Leave it out, or slimgrad.hf.disable(model)"
         )
+
+
+def without_silent_zeros(given: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """What was given but for those `names` that are all zero: a processor's kinds of tokens, where all is text."""
+    return {n: x for n, x in given.items() if not (n in names and isinstance(x, Tensor) and not bool(x.any()))}
 
 
 def refuse_targets_at_padding(targets: Tensor, mask: Any) -> None:

@@ -29,6 +29,7 @@ class Certificate:
         counts_from_chunk: the model counts positions from the start of what it is given.
         counts_padding: whether the padding token moves the positions of what comes after it.
         takes: inputs per token that give the same outputs in chunks as in a whole pass.
+        silent_zeros: kinds of tokens that change nothing where they are all zero.
         checkpoints: whether transformers' own activation checkpointing within chunks gives the same gradients.
         states: the kinds of state found.
         mend: what of its code is mended while it runs in chunks (`slimgrad.hf.mends`); empty: nothing.
@@ -47,6 +48,7 @@ class Certificate:
     counts_from_chunk: bool = False
     counts_padding: bool = False
     takes: list[str] = field(default_factory=list[str])
+    silent_zeros: list[str] = field(default_factory=list[str])
     checkpoints: bool = False
     states: list[str] = field(default_factory=list[str])
     mend: str = ""

@@ -25,7 +25,7 @@ import slimgrad
 from slimgrad.errors import ModelError, SlimgradError, StorageError
 from slimgrad.hf import mends
 from slimgrad.hf.attention import NAME as OURS
-from slimgrad.hf.batch import PER_TOKEN
+from slimgrad.hf.batch import PER_TOKEN, TOKEN_TYPES
 from slimgrad.hf.certificate import CHUNKS, LENGTH, TOLERANCE, Certificate
 from slimgrad.hf.comparing import Plain, built, error, outputs_differ, plain, undisturbed
 from slimgrad.hf.rope import depends_on_length
@@ -172,6 +172,7 @@ def _in_chunks(model: Any, whole: Plain, blank: Certificate) -> Certificate:
         error=worst,
         states=step.state_kinds(),
         takes=_takes(step, whole.tokens),
+        silent_zeros=_silent_zeros(base, whole.tokens),
         counts_padding=_counts_padding(model, step),
         checkpoints=_checkpoints(whole, known),
     )
@@ -263,7 +264,9 @@ def _base_of(model: Any) -> str:
 
 def _takes(step: Any, tokens: Tensor) -> list[str]:
     """The inputs per token that give the same outputs in chunks as in a whole pass."""
-    names = inspect.signature(type(step.base).forward).parameters
+    names = set(inspect.signature(type(step.base).forward).parameters)
+    if step.takes_positions:
+        names.add("position_ids")
     at = torch.arange(tokens.shape[1]).expand_as(tokens)
     beside = {"position_ids": at, "token_type_ids": at // 4 % 2}
     tried: dict[str, dict[str, Tensor]] = {"input_ids": {"input_ids": tokens}}
@@ -272,6 +275,18 @@ def _takes(step: Any, tokens: Tensor) -> list[str]:
         with torch.no_grad():
             tried["inputs_embeds"] = {"inputs_embeds": step.base.get_input_embeddings()(tokens)}
     return [name for name in PER_TOKEN if name in tried and not _differs(step, tried[name])]
+
+
+def _silent_zeros(base: Any, tokens: Tensor) -> list[str]:
+    """The kinds of tokens that change nothing where they are all zero: text, beside images."""
+    names = inspect.signature(type(base).forward).parameters
+
+    def outputs(**given: Tensor) -> Tensor:
+        with torch.no_grad():
+            return base(input_ids=tokens, use_cache=False, **given).last_hidden_state
+
+    alone = outputs()
+    return [name for name in TOKEN_TYPES if name in names and alone.equal(outputs(**{name: torch.zeros_like(tokens)}))]
 
 
 def _differs(step: Any, given: dict[str, Tensor]) -> bool:

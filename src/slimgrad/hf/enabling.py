@@ -55,6 +55,8 @@ def enable(
     inner = _inner(model)
     if enabled(inner):
         raise InputError("the model is enabled already; expected slimgrad.hf.disable(model) before it is enabled anew")
+    if chunk < 2:
+        raise InputError(f"chunk={chunk}: expected at least 2, since many models take another path for one token alone")
     certificate = certificate or certify(inner)
     certificate.require_exact()
     base = inner.get_submodule(certificate.base)

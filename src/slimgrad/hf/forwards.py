@@ -22,8 +22,15 @@ from transformers.utils.generic import ModelOutput
 from slimgrad import api
 from slimgrad.errors import InputError, ModelError
 from slimgrad.hf import mends
-from slimgrad.hf.batch import PER_TOKEN, padding_token, read_batch, refuse_targets_at_padding
+from slimgrad.hf.batch import (
+    PER_TOKEN,
+    padding_token,
+    read_batch,
+    refuse_targets_at_padding,
+    without_silent_zeros,
+)
 from slimgrad.hf.certificate import Certificate
+from slimgrad.hf.configured import decisive, refuse_changed
 from slimgrad.hf.head import IGNORED, linear_loss, loss_in_pieces
 from slimgrad.hf.rope import depends_on_length
 from slimgrad.hf.step import BaseStep
@@ -154,6 +161,7 @@ class BaseForward(_Forward):
     def __init__(self, base: nn.Module, step: BaseStep, certificate: Certificate, schedule: Schedule | None) -> None:
         super().__init__(base)
         self.step, self.certificate, self.schedule = step, certificate, schedule
+        self.configured = decisive(step.config)
         self.handed_out: Tensor | None = None  # hidden states that the head is asked for, instead of a pass
         self.sweeps = 0
 
@@ -162,8 +170,10 @@ class BaseForward(_Forward):
             return self.step.output_type(last_hidden_state=self.handed_out)
         if not self.is_training():
             return self.original(*args, **kwargs)
+        config, step = self.step.config, self.step
         refuse_modules(self.module)
-        given, config, step = self.by_name(args, kwargs), self.step.config, self.step
+        refuse_changed(self.configured, config)
+        given = without_silent_zeros(self.by_name(args, kwargs), self.certificate.silent_zeros)
         names = [n for n in PER_TOKEN if given.get(n) is not None and (n != "position_ids" or step.takes_positions)]
         self.certificate.require_taken(self.module, names)
         padding = padding_token(config) if self.certificate.counts_padding else None
@@ -207,6 +217,9 @@ class LossOutput(ModelOutput):
     hidden_states: None = None
     attentions: None = None
 
+    def __getitem__(self, k: Any) -> Any:
+        return self.logits if k == "logits" else super().__getitem__(k)
+
     @property
     def logits(self) -> Any:
         """Not there: says so."""
@@ -225,6 +238,11 @@ class CausalForward(_Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.by_name(args, kwargs)
+        if self.is_training() and self.module.get_submodule(self.certificate.base) is not self.base.module:
+            raise ModelError(
+                f"{self.certificate.base} of {type(self.module).__name__} was replaced since slimgrad.hf.enable, which "
+                "its chunks would not run. Expected slimgrad.hf.disable(model), and slimgrad.hf.enable(model) anew"
+            )
         if not self.is_training() or not self._takes_pieces(given):
             return self.original(*args, **kwargs)
         labels, count, shifted = (given.pop(name, None) for name in ("labels", "num_items_in_batch", "shift_labels"))
@@ -246,6 +264,11 @@ class CausalForward(_Forward):
         """
         if given.get("labels") is None or self.certificate.head == "whole" or self.previous is not None:
             return False
+        path = self.certificate.base.split(".")
+        between = [self.module.get_submodule(".".join(path[:n])) for n in range(1, len(path))]
+        # the head in pieces is the model's own forward, in which what is around the base would act once more
+        if not all(map(_is_bare, between if self._is_linear() else [*between, self.base.module])):
+            return False
         if given.get("output_router_logits", getattr(self.base.step.config, "output_router_logits", False)):
             return False
         if given.pop("return_dict", None) is False or not cast(Any, self.module).config.return_dict:
@@ -258,7 +281,7 @@ class CausalForward(_Forward):
 
     def _summed(self, hidden: Tensor, targets: Tensor) -> Tensor:
         head = cast(Any, self.module).get_output_embeddings()
-        if self.certificate.head == "linear" and _is_plain(head):
+        if self._is_linear():
             return linear_loss(hidden.flatten(0, 1), targets.flatten(), head)
         below = {id(p) for p in self.base.module.parameters()}
         own = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set[int]()
@@ -266,6 +289,10 @@ class CausalForward(_Forward):
         if not torch.is_grad_enabled():
             parameters = []
         return loss_in_pieces(hidden, targets, self.logits_of, parameters)
+
+    def _is_linear(self) -> bool:
+        head = cast(Any, self.module).get_output_embeddings()
+        return self.certificate.head == "linear" and type(head) is nn.Linear and _is_bare(head)
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """The model's own head: its forward around a base that hands out `hidden` `[batch, time, width]`."""
@@ -297,7 +324,7 @@ def refuse_modules(base: nn.Module) -> None:
             )
 
 
-def _is_plain(head: Any) -> bool:
-    """Whether a head is a linear layer that nobody has put something around."""
-    around = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
-    return type(head) is nn.Linear and not around and "forward" not in head.__dict__
+def _is_bare(module: Any) -> bool:
+    """Whether nobody has put something around a module (beside us)."""
+    around = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not around and module.__dict__.get("forward") is module.__dict__.get(_PLACE)

@@ -113,7 +113,7 @@ _INDICES = (
 )
 _SHARING = "num_kv_shared_layers"  # the last layers, which read the keys of others
 _PARTS = ("text_config", "decoder", "vision_config", "audio_config")
-_LEFT_OUT = (
+LEFT_OUT = (
     "transformers_version",
     "architectures",
     "dtype",
@@ -167,7 +167,7 @@ def shrunk_fields(config: Any, alternative: Fields) -> Fields:
     _shrink_layers(config, fields)
     _shrink_rope(fields)
     fields.update(_by_type(fields))
-    for name in _LEFT_OUT:
+    for name in LEFT_OUT:
         fields.pop(name, None)
     return fields
 

@@ -18,6 +18,7 @@ from slimgrad import api
 from slimgrad.errors import ModelError
 from slimgrad.hf.attention import attending, configs_of
 from slimgrad.hf.batch import padding_token
+from slimgrad.hf.configured import refuse_layers_unlike
 from slimgrad.hf.rope import depends_on_length
 from slimgrad.hf.step import BaseStep
 from slimgrad.sweep.random import seeded
@@ -37,10 +38,11 @@ def require_same_outputs(inner: nn.Module, step: BaseStep) -> None:
         step: its base as a causal step, as it is trained.
 
     Raises:
-        ModelError: they differ by more than rounding.
+        ModelError: they differ by more than rounding, or its layers are not those of its configuration.
 
     Cost: four forward passes over 64 tokens.
     """
+    refuse_layers_unlike(inner)
     weights = list(step.base.parameters())
     if any(p.device.type == "meta" or hasattr(p, "device_mesh") for p in weights):
         raise ModelError(

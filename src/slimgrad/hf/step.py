@@ -57,7 +57,7 @@ class BaseStep(nn.Module):
         self.base, self.config, self.chunk, self.counts_from_chunk = base, config, chunk, counts_from_chunk
         names = inspect.signature(type(base).forward).parameters
         self.cache_name = next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
-        self.takes_positions = "position_ids" in names
+        self.takes_positions = "position_ids" in names or any(p.kind is p.VAR_KEYWORD for p in names.values())
         self.routes = False  # whether router logits are wanted beside hidden states
         self.around: Around = nullcontext  # in which each chunk runs
         self._kinds: dict[Any, list[LayerKind]] = {}
