@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,12 +20,13 @@ peft = pytest.importorskip("peft")
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
 
+from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from slimgrad.errors import InputError  # noqa: E402
 from slimgrad.hf.tiny import byte_tokenizer, make_tiny  # noqa: E402
 from slimgrad.hf.tuning.tokens import Encoder, read_tokens, write_tokens  # noqa: E402
-from tests.cli.running import INPUT, refuse, run, succeed  # noqa: E402
+from tests.cli.running import FAILED, INPUT, refuse, run, succeed  # noqa: E402
 
 FOX = "the quick brown fox jumps over the lazy dog. "
 LINES = [{"text": FOX * (1 + number % 4)} for number in range(8)]  # of 46 to 181 tokens
@@ -198,6 +200,17 @@ def test_a_run_that_is_asked_to_stop_saves_first_and_goes_on(
     assert history(tmp_path / "run") == history(tmp_path / "whole")
 
 
+def test_a_run_whose_output_goes_to_a_file_says_there_how_far_it_is(tiny: Path, lines: Path, tmp_path: Path) -> None:
+    shown = succeed("finetune", tiny, lines, "--lora", 2, "--chunk", 40, "--steps", 1, "--out", tmp_path / "run").stdout
+    assert [line.split("  ")[0] for line in shown.splitlines() if line.startswith("step ")] == ["step 1"]
+    assert "\n1 step, " in shown
+
+
+def test_what_other_libraries_say_when_they_are_imported_is_not_on_the_screen() -> None:
+    command = (sys.executable, "-c", "import slimgrad.cli.tuning, bitsandbytes")
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""
+
+
 def test_a_chat_is_learnt_at_the_assistants_turns(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     rows = write_lines(tmp_path / "chat.jsonl", [{"messages": CHAT}, {"messages": CHAT[:1]}, {"text": ""}])
@@ -259,7 +272,7 @@ def refused(model: Path | str, data: Path, *more: object) -> str:
     ("line", "message"),
     [
         ('{"words": "a"}', "line 2: expected a field input_ids, messages or text; found words"),
-        ("{", "line 2: expected a JSON object, it cannot be read"),
+        ('{"text": ', "line 2: expected a JSON object, it cannot be read: Expecting value: column 9 (char 8)"),
         ("[1]", "line 2: expected a JSON object per line, found list"),
         ('{"messages": [{"by": "me"}]}', "line 2: the chat template does not take these messages"),
         ('{"input_ids": [1, 258]}', "line 2: token 258 is not among the 258 that the model knows"),
@@ -328,6 +341,8 @@ def test_a_model_that_is_none_is_refused(tiny: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(FOX)
     assert "found no such folder" in refused(tmp_path / "absent", text)
+    absent = run("finetune", "someone/some-model", text, "--out", tmp_path / "never")
+    assert "someone/some-model: no such folder here; asking Hugging Face for it" in absent.stdout
     message = refused("someone/some-model", text)
     assert "no such folder here, and it could not be fetched from Hugging Face" in message
     (tmp_path / "folder").mkdir()
@@ -336,9 +351,14 @@ def test_a_model_that_is_none_is_refused(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "folder" / "config.json").write_text("{}")
     message = refused(tmp_path / "folder", text)
     assert "expected the record of a run of slimgrad, or the configuration of a Hugging Face model" in message
+    (tmp_path / "folder" / "config.json").write_text('{"model_type": ')
+    assert "config.json: expected JSON, it cannot be read: Expecting value" in refused(tmp_path / "folder", text)
     (tmp_path / "folder" / "config.json").write_text('{"model_type": "vit"}')
     assert "model_type vit: expected a causal language model" in refused(tmp_path / "folder", text)
     assert "its embedding 200" in refused(changed(tiny, tmp_path / "narrow", vocab_size=200, pad_token_id=0), text)
+    message = refused(changed(tiny, tmp_path / "five", num_attention_heads=5), text)
+    assert "cannot be read: Class validation error" in message
+    assert "is not a multiple of the number of attention heads (5)" in message
     bare = changed(tiny, tmp_path / "bare")
     (bare / "model.safetensors").unlink()
     assert "its weights cannot be loaded" in refuse(INPUT, "finetune", bare, text, "--out", tmp_path / "never")
@@ -368,7 +388,7 @@ def test_a_run_is_not_written_over_and_goes_on_as_it_was(
     finished = tmp_path / "finished"
     succeed("finetune", tiny, lines, "--lora", 2, "--chunk", 40, "--steps", 1, "--out", finished)
     message = refuse(INPUT, "finetune", tiny, lines, "--out", finished)
-    assert f"Go on with it: slimgrad finetune --resume {finished}" in message
+    assert f"found a run. If it is not finished, go on with it: slimgrad finetune --resume {finished}" in message
     assert "the run is finished" in refuse(INPUT, "finetune", "--resume", finished)
     assert "expected the folder of a run of slimgrad finetune" in refuse(INPUT, "finetune", "--resume", tiny)
     begun = killed["lora"]
@@ -404,6 +424,31 @@ def test_a_full_disk_is_refused_before_training(
     assert "checkpoints and the result need about 2 MB, the disk has 0 MB left" in message
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+    ],
+)
+def test_a_disk_that_is_full_in_the_middle_is_one_message(
+    error: Exception, tiny: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    given, out = ("finetune", tiny, lines, "--lora", 2, "--chunk", 40, "--steps", 1, "--out"), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("slimgrad.hf.tuning.tokens.ArrowWriter.write", full)
+        assert "or name a folder on another disk with --out" in refuse(FAILED, *given, out)
+        assert not out.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("slimgrad.hf.tuning.trainer.ChunkedTrainer.save_model", full)
+        assert f"free some space, then slimgrad finetune --resume {out}" in refuse(FAILED, *given, out)
+    succeed("finetune", "--resume", out)
+
+
 def test_verify_says_in_words_whether_a_model_is_exact(tiny: Path, tmp_path: Path) -> None:
     shown = succeed("verify", tiny).stdout
     assert "LlamaForCausalLM (llama): exact in chunks" in shown
@@ -415,6 +460,7 @@ def test_verify_says_in_words_whether_a_model_is_exact(tiny: Path, tmp_path: Pat
     assert "is not certified as exact in chunks" in message
     assert "leave it out" in refuse(INPUT, "verify", tiny, "--chunk", 3)
     assert "expected the folder of a run, or of a Hugging Face model" in refuse(INPUT, "verify", tmp_path)
+    assert "; or the folder of a Hugging Face model" in refuse(INPUT, "verify", "tinny")
 
 
 def test_a_tiny_model_is_made_by_a_command(tmp_path: Path) -> None:

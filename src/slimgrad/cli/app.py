@@ -205,8 +205,9 @@ def finetune(
 ) -> None:
     """Adapt a Hugging Face model, or a run of slimgrad, to whole documents. The result is a folder of its own.
 
-    Ctrl-C and SIGTERM save after the step (a second one stops at once). A Hugging Face model's run goes on with
-    --resume here, one of slimgrad with slimgrad train --resume.
+    Ctrl-C and SIGTERM save after the step (a second one stops at once).
+
+    A Hugging Face model's run goes on with --resume here, one of slimgrad with slimgrad train --resume.
     """
     with one_clear_message():
         from slimgrad.cli.finetuning import run_finetune

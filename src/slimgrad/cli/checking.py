@@ -26,6 +26,11 @@ def run_verification(model: str, *, length: int | None, chunk: int | None, dtype
         from slimgrad.cli.tuning import run_certification
 
         return run_certification(model)
+    if model not in PRESETS:
+        raise InputError(
+            f"unknown preset {model!r}: expected one of {', '.join(PRESETS)}; or the folder of a Hugging Face model, "
+            "or its name with its owner's, as OWNER/NAME"
+        )
     return _preset(model, length=200 if length is None else length, chunk=48 if chunk is None else chunk, dtype=dtype)
 
 

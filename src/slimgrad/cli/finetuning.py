@@ -67,8 +67,8 @@ def is_hugging_face(name: str) -> bool:
         )
     try:
         record = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path / CONFIG}: expected JSON, it cannot be read: {error}") from error
     if isinstance(record, dict) and record.keys() & {"model_type", "config"}:
         return "model_type" in record
     raise InputError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import warnings
 from pathlib import Path
@@ -16,6 +18,8 @@ from slimgrad.errors import InputError
 from slimgrad.extras import require_extra
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+for _package in ("bitsandbytes", "huggingface_hub"):  # of a kernel that is not there; of every try to reach the hub
+    logging.getLogger(_package).setLevel(logging.ERROR)
 require_extra("hf", "a Hugging Face model")
 
 import datasets  # noqa: E402  # after what they read when they are imported
@@ -24,6 +28,8 @@ import transformers  # noqa: E402
 from slimgrad.hf.certifying import certify  # noqa: E402
 from slimgrad.hf.tuning import Settings, Tuned, finetune, resume  # noqa: E402
 from slimgrad.hf.tuning.loading import Source  # noqa: E402
+
+_LINES = 100  # in a file
 
 
 def run_tuning(
@@ -45,6 +51,8 @@ def run_tuning(
     else:
         assert model is not None
         assert data is not None
+        if not Path(model).exists():
+            say("model", f"{model}: no such folder here; asking Hugging Face for it")
         tuned = finetune(Settings(model=model, data=data, **given), out=out, say=say, callbacks=shown)
     _show(console, tuned)
 
@@ -70,10 +78,10 @@ def _quiet() -> None:
 
 
 def _show(console: Console, tuned: Tuned) -> None:
+    steps, kind = "step" if tuned.steps == 1 else "steps", "adapter" if tuned.is_adapter else "model"
     console.print(
-        f"\n{tuned.steps:,} steps, {tuned.seconds:.0f} s, at most [bold]{megabytes(tuned.peak_bytes)}[/] held; the "
-        f"{'adapter' if tuned.is_adapter else 'model'} and its tokenizer are in [bold]{escape(str(tuned.path))}[/], "
-        "and load without slimgrad:",
+        f"\n{tuned.steps:,} {steps}, {tuned.seconds:.0f} s, at most [bold]{megabytes(tuned.peak_bytes)}[/] held; the "
+        f"{kind} and its tokenizer are in [bold]{escape(str(tuned.path))}[/], and load without slimgrad:",
         soft_wrap=True,
     )
     for line in tuned.how_to_load():
@@ -81,11 +89,13 @@ def _show(console: Console, tuned: Tuned) -> None:
 
 
 class _Progress(transformers.TrainerCallback):
-    """A bar over the steps, with the loss, tokens per second and memory."""
+    """A bar over the steps, with the loss, tokens per second and memory; in a file, at most a hundred lines of them."""
 
     def __init__(self, console: Console) -> None:
+        self._console = console
         columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeRemainingColumn(), TextColumn("left"))
-        self._bar, self._task = Progress(*columns, console=console), TaskID(0)
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = TaskID(0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the bar."""
@@ -101,6 +111,8 @@ class _Progress(transformers.TrainerCallback):
         words += "" if speed is None else f"  {speed:,.0f} tokens/s"
         words += "" if peak is None else f"  {peak:,} MB"
         self._bar.update(self._task, completed=state.global_step, description=words)
+        if not self._console.is_terminal and state.global_step % math.ceil(state.max_steps / _LINES) == 0:
+            self._console.print(words, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the bar as it is."""

@@ -11,7 +11,9 @@ RUN/
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +26,9 @@ from slimgrad.runs.files import write_atomically
 
 RECORD, TOKENS, TRAIN, EVAL, _LOCK = "finetune.json", "tokens", "train.arrow", "eval.arrow", ".lock"
 _STATE = "trainer_state.json"  # what the Trainer writes last
+_ELSEWHERE = "or name a folder on another disk with --out"
+# as safetensors and torch.save say it
+_FULL = (os.strerror(errno.ENOSPC), "PytorchStreamWriter failed writing", "unexpected pos")
 
 
 class Folder:
@@ -51,8 +56,8 @@ class Folder:
         path = path or _fresh(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
         if (path / RECORD).exists() or any(path.glob("checkpoint-*")):
             raise InputError(
-                f"--out {path}: expected a new or empty folder, found a run with checkpoints. Go on with it: slimgrad "
-                f"finetune --resume {path}, or name another folder"
+                f"--out {path}: expected a new or empty folder, found a run. If it is not finished, go on with it: "
+                f"slimgrad finetune --resume {path}; or name another folder"
             )
         if path.exists() and (not path.is_dir() or any(entry.name != _LOCK for entry in path.iterdir())):
             kind = "a folder that holds something" if path.is_dir() else "a file"
@@ -86,10 +91,17 @@ class Folder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._lock.release()
-        if kind is not None and not (self.path / RECORD).exists():  # refused before it had begun
+        begun = (self.path / RECORD).exists()
+        if kind is not None and not begun:  # refused before it had begun
             shutil.rmtree(self.path, ignore_errors=True)
+        if error is not None and _is_full(error):
+            then = f"free some space, then slimgrad finetune --resume {self.path}"
+            raise StorageError(
+                f"{self.path}: the disk is full. "
+                + (f"What was saved before is whole: {then}" if begun else f"Free some space, {_ELSEWHERE}")
+            ) from error
 
     def save_record(self) -> None:
         """Write finetune.json anew."""
@@ -126,8 +138,14 @@ class Folder:
         if num_bytes > free:
             raise StorageError(
                 f"{self.path}: {what} need about {num_bytes / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB left. "
-                "Free some space, or name a folder on another disk with --out"
+                f"Free some space, {_ELSEWHERE}"
             )
+
+
+def _is_full(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, Exception) and any(words in str(error) for words in _FULL)
 
 
 def _fresh(parent: Path, name: str) -> Path:

@@ -261,9 +261,10 @@ def _json_lines(path: Path) -> Iterator[Row]:
                 continue
             where = f"{path}, line {number:,}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.strip())
             except ValueError as error:
-                raise InputError(f"{where}: expected a JSON object, it cannot be read: {error}") from error
+                why = str(error).replace("line 1 ", "")  # json numbers the lines of what it was given
+                raise InputError(f"{where}: expected a JSON object, it cannot be read: {why}") from error
             if not isinstance(row, dict):
                 raise InputError(f"{where}: expected a JSON object per line, found {type(row).__name__}")
             yield where, cast("dict[str, Any]", row)
