@@ -447,3 +447,32 @@ def test_a_mend_reaches_its_own_model_alone() -> None:
     assert "forward" not in vars(model.backbone.layers[0].mixer)
     # chunks in float32 inside, against the whole pass: 5e-8 measured
     assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_process_keeps_its_default_dtype_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which other threads, data loaders say, make their tensors with."""
+    given, own = set[torch.dtype](), torch.set_default_dtype
+
+    def note(dtype: torch.dtype) -> None:
+        given.add(dtype)
+        own(dtype)
+
+    monkeypatch.setattr(torch, "set_default_dtype", note)
+    assert certified("Mistral").is_exact
+    assert given <= {torch.float32}
+
+
+def test_widened_tensors_are_float64_without_a_default_dtype() -> None:
+    with comparing.widened():
+        made = [
+            torch.zeros(2),
+            torch.tensor(0.5),
+            torch.arange(3) / 2,
+            torch.arange(3).float(),
+            torch.linspace(0, 1, 3),
+        ]
+        made += [torch.ones(2).to(torch.bfloat16), torch.softmax(torch.ones(2), 0, dtype=torch.float32)]
+        assert torch.nn.Linear(2, 2).weight.dtype is torch.float64
+        assert torch.get_default_dtype() is torch.float32
+    assert {x.dtype for x in made} == {torch.float64}
+    assert torch.zeros(2).dtype is torch.float32

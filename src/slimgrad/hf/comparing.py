@@ -37,8 +37,8 @@ _HOW: tuple[dict[str, str], ...] = (
 
 @contextmanager
 def undisturbed() -> Generator[None]:
-    """The caller's random numbers and default dtype, and transformers' warnings, stay as they are."""
-    level, dtype = transformers.logging.get_verbosity(), torch.get_default_dtype()
+    """The caller's random numbers, and transformers' verbosity, stay as they are."""
+    level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(50)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -46,7 +46,6 @@ def undisturbed() -> Generator[None]:
             yield
         finally:
             transformers.logging.set_verbosity(level)
-            torch.set_default_dtype(dtype)
 
 
 def built(kind: type[Any], config: Any, attention: str) -> Any:
@@ -55,7 +54,6 @@ def built(kind: type[Any], config: Any, attention: str) -> Any:
     Raises:
         Exception: what the class raises for a configuration that does not fit it.
     """
-    torch.set_default_dtype(torch.float64)
     errors: list[Exception] = []
     for how in _HOW:
         options = {"attn_implementation": attention, **how}
@@ -64,7 +62,8 @@ def built(kind: type[Any], config: Any, attention: str) -> Any:
                 count = sum(p.numel() for p in kind._from_config(config, **options).parameters())
             if count > _MOST_PARAMETERS:
                 raise ModelError(f"its small configuration still has {count:,} parameters")
-            model = kind._from_config(config, **options)
+            with widened():
+                model = kind._from_config(config, **options)
             break
         except Exception as error:  # noqa: BLE001  # whatever a class raises for options that it does not know
             errors.append(error)

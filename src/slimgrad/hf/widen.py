@@ -18,7 +18,9 @@ _CASTS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
 
 
 class _Widened(TorchFunctionMode):
-    """Replaces narrow dtypes among the arguments of torch's functions."""
+    """Replaces narrow dtypes among the arguments of torch's functions, and widens what comes out narrow even so: new
+    tensors of the default dtype, which is the whole process' and stays as it is.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
@@ -26,7 +28,8 @@ class _Widened(TorchFunctionMode):
         if func in _CASTS:
             return args[0].double()
         wide = {name: torch.float64 if _is_narrow(x) else x for name, x in (kwargs or {}).items()}
-        return func(*[torch.float64 if _is_narrow(x) else x for x in args], **wide)
+        found = func(*[torch.float64 if _is_narrow(x) else x for x in args], **wide)
+        return found.double() if type(found) is torch.Tensor and found.dtype in _NARROW else found
 
 
 def _is_narrow(x: Any) -> bool:
@@ -35,13 +38,8 @@ def _is_narrow(x: Any) -> bool:
 
 @contextmanager
 def widened() -> Generator[None]:
-    """Within the block casts widen, and new tensors are float64. A backward pass leaves the block: what runs a model
-    within one enters it anew.
+    """Within the block casts widen, and new tensors are float64, in this thread. A backward pass leaves the block: what
+    runs a model within one enters it anew.
     """
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _Widened():
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
+    with _Widened():
+        yield
