@@ -18,8 +18,8 @@ from slimgrad.errors import InputError
 from slimgrad.extras import require_extra
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-for _package in ("bitsandbytes", "huggingface_hub"):  # of a kernel that is not there; of every try to reach the hub
-    logging.getLogger(_package).setLevel(logging.ERROR)
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else every try to reach the hub is told
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else, of a kernel that is not there
 require_extra("hf", "a Hugging Face model")
 
 import datasets  # noqa: E402  # after what they read when they are imported
