@@ -187,3 +187,25 @@ def test_gradients_that_are_asked_for() -> None:
     assert worst(asked(), expected) <= EXACT
     assert sweeps(model) == 1
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_hook_that_comes_later_and_looks_across_tokens_is_refused() -> None:
+    model, ids = large(llama()), tokens()
+    slimgrad.hf.enable(model, chunk=16)
+    layer = model.model.layers[0]
+    scaling = layer.register_forward_hook(lambda module, args, out: out * 1.01)  # steering, token by token
+    model(input_ids=ids, labels=ids).loss.backward()
+    scaling.remove()
+    layer.register_forward_hook(lambda module, args, out: out + out.cumsum(1))
+    with pytest.raises(ModelError, match="looks across tokens"):
+        model(input_ids=ids, labels=ids)
+
+
+def test_a_pass_with_gradients_in_eval_mode_says_that_it_is_whole() -> None:
+    model, ids = large(llama()), tokens()
+    slimgrad.hf.enable(model, chunk=16)
+    model.eval()
+    with pytest.warns(UserWarning, match=r"LlamaModel is in eval mode.*Call model\.train\(\) first"):
+        model(input_ids=ids, labels=ids)
+    model(input_ids=ids, labels=ids)  # once is enough
+    assert sweeps(model) == 0

@@ -130,7 +130,7 @@ def loss_of(model: Any, tokens: Tensor) -> Tensor:
 def error(expected: Plain, known: Certificate, chunk: int) -> float:
     """Of the loss and every gradient, run as the certificate says."""
     tried = replace(known, takes=list(PER_TOKEN), checkpoints=True)  # which is what is found out
-    install(expected.model, tried, chunk=chunk).around = widened
+    install(expected.model, tried, chunk=chunk).step.around = widened
     try:
         loss = loss_of(expected.model, expected.tokens)
         torch.autograd.backward(loss)

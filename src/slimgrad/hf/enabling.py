@@ -9,7 +9,6 @@ from slimgrad.errors import InputError, ModelError
 from slimgrad.hf.certificate import Certificate
 from slimgrad.hf.certifying import certify
 from slimgrad.hf.forwards import enabled, install, refuse_modules, uninstall
-from slimgrad.hf.smoke import require_same_outputs
 from slimgrad.sweep.schedules.base import Schedule
 
 
@@ -62,10 +61,10 @@ def enable(
     base = inner.get_submodule(certificate.base)
     refuse_modules(base)
     _refuse_wrapped(base)
-    step = install(inner, certificate, chunk=chunk, schedule=schedule)
+    on_base = install(inner, certificate, chunk=chunk, schedule=schedule)
     if check:
         try:
-            require_same_outputs(inner, step)
+            on_base.check(inner)
         except BaseException:
             uninstall(inner)
             raise

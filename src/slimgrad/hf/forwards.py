@@ -8,6 +8,7 @@ evaluation, saving) is the model as it was.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from slimgrad.hf.certificate import Certificate
 from slimgrad.hf.configured import decisive, refuse_changed
 from slimgrad.hf.head import IGNORED, linear_loss, loss_in_pieces
 from slimgrad.hf.rope import depends_on_length
+from slimgrad.hf.smoke import require_same_outputs
 from slimgrad.hf.step import BaseStep
 from slimgrad.sweep.schedules.base import Schedule
 
@@ -40,13 +42,13 @@ _PLACE = "_slimgrad"  # where a module keeps its forward of ours, also below wha
 F_ = TypeVar("F_", bound="BaseForward | CausalForward")
 
 
-def install(inner: nn.Module, certificate: Certificate, *, chunk: int, schedule: Schedule | None = None) -> BaseStep:
-    """Replace the forwards, whatever the certificate says; the step that they run."""
+def install(inner: nn.Module, certificate: Certificate, *, chunk: int, schedule: Schedule | None = None) -> BaseForward:
+    """Replace the forwards, whatever the certificate says; that of the base."""
     step = mends.step_for(inner, certificate, chunk=chunk)
     on_base = _put(BaseForward(step.base, step, certificate, schedule))
     if step.base is not inner and certificate.head is not None:
         _put(CausalForward(inner, on_base, certificate))
-    return step
+    return on_base
 
 
 def _put(forward: F_) -> F_:
@@ -163,16 +165,20 @@ class BaseForward(_Forward):
         self.step, self.certificate, self.schedule = step, certificate, schedule
         self.configured = decisive(step.config)
         self.handed_out: Tensor | None = None  # hidden states that the head is asked for, instead of a pass
-        self.sweeps = 0
+        self.sweeps, self.warned = 0, False
+        self.checked: list[Any] | None = None  # hooks that were on the base when it was checked; None: it is not to be
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.handed_out is not None:
             return self.step.output_type(last_hidden_state=self.handed_out)
         if not self.is_training():
+            self._say_if_in_eval_mode(self.by_name(args, kwargs))
             return self.original(*args, **kwargs)
         config, step = self.step.config, self.step
         refuse_modules(self.module)
         refuse_changed(self.configured, config)
+        if self.checked is not None and {*map(id, hooks_in(self.module))} - {*map(id, self.checked)}:
+            self.check(self.module)
         given = without_silent_zeros(self.by_name(args, kwargs), self.certificate.silent_zeros)
         names = [n for n in PER_TOKEN if given.get(n) is not None and (n != "position_ids" or step.takes_positions)]
         self.certificate.require_taken(self.module, names)
@@ -187,6 +193,30 @@ class BaseForward(_Forward):
             found["router_logits"] = tuple(batch.assembled(list(parts)).flatten(0, 1) for parts in each)
         return found
 
+    def _say_if_in_eval_mode(self, given: dict[str, Any]) -> None:
+        """Warn, once, of a pass with gradients over more than a chunk that nobody sweeps: `from_pretrained` returns
+        models in eval mode.
+        """
+        tokens = given.get("input_ids", given.get("inputs_embeds"))
+        is_long = isinstance(tokens, Tensor) and tokens.dim() > 1 and tokens.shape[1] > self.step.chunk
+        wants_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters())
+        if self.warned or not (self.active and is_long and wants_gradients):
+            return
+        self.warned = True
+        warnings.warn(
+            f"{type(self.module).__name__} is in eval mode, where slimgrad leaves it as it was: this pass with "
+            "gradients runs whole, in memory of the whole sequence. Call model.train() first; where no gradients are "
+            "wanted, torch.no_grad()",
+            stacklevel=2,
+        )
+
+    def check(self, model: nn.Module) -> None:
+        """Compare the model itself, with what has been put on it, whole and in chunks (see `smoke`): when it is
+        enabled, and again when a hook comes.
+        """
+        require_same_outputs(model, self.step)
+        self.checked = hooks_in(self.module)
+
     def swept(self, sequences: list[dict[str, Tensor]], chunk: int | None = None) -> list[Any]:
         """What the step gives along each sequence."""
         states: list[Any] | None = None
@@ -197,6 +227,16 @@ class BaseForward(_Forward):
                 states.append({**self.step.initial_state(rows), "total": time})
         self.sweeps += len(sequences)
         return api.outputs(self.step, sequences, chunk=chunk or self.step.chunk, schedule=self.schedule, state=states)
+
+
+def hooks_in(model: nn.Module) -> list[Any]:
+    """The forward hooks of its modules."""
+    return [
+        hook
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage]
+        for hook in hooks.values()
+    ]
 
 
 class NoLogitsError(InputError, AttributeError):
