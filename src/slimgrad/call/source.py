@@ -225,9 +225,9 @@ class _Whole(Source):
         # 1-D tensors stand for a batch of one
         self.whole = tree.map_tensors(lambda x: x[None] if x.dim() == 1 else x, given)
         self._leaves = tree.leaves(self.whole)
+        self.batch, self.time = _batch_and_time(self._leaves, name)
         # a copy from pinned memory may still be under way when a call returns, and its owner fill the buffer anew
         self._waits = [x.is_pinned() for x in self._leaves]
-        self.batch, self.time = _batch_and_time(self._leaves, name)
         self.grad_positions = [position for position, x in enumerate(self._leaves) if x.requires_grad]
 
     def read(self, start: int, stop: int) -> tree.Tree:
