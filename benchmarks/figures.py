@@ -139,6 +139,44 @@ def small_device_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def huggingface_table(results: dict[str, Any]) -> str:
+    """Memory and time of one gradient over plain backpropagation's, by shape, length and method."""
+    rows = [row for row in results["rows"] if "failed" not in row and row["method"] != "plain"]
+    lines = [
+        "| model | tokens | chunk | method | memory, MB | over plain | seconds | over plain |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    plain = {same_sequence(row): row for row in results["rows"] if row["method"] == "plain" and "failed" not in row}
+    shown = set[tuple[Any, ...]]()
+    for row in rows:
+        reference = plain.get(same_sequence(row))
+        for one in [row] if reference is None or same_sequence(row) in shown else [reference, row]:
+            lines.append(huggingface_line(one, reference))
+        shown.add(same_sequence(row))
+    return "\n".join(lines)
+
+
+def same_sequence(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What rows that are compared share."""
+    return row["shape"], row["length"], row["vocabulary"], row["lora"], row["device"]
+
+
+def huggingface_line(row: dict[str, Any], plain: dict[str, Any] | None) -> str:
+    """One row, beside plain backpropagation of the same sequence where that was run."""
+    seconds = row.get("seconds", row["first_seconds"])
+    memory, time = "–", "–"
+    if plain is not None:
+        memory = f"{row['peak_bytes_above'] / plain['peak_bytes_above']:.2f}"
+        time = f"{seconds / plain.get('seconds', plain['first_seconds']):.2f}"
+    what = row["shape"] + (f", LoRA {row['lora']}" if row["lora"] else "")
+    what += f", {row['vocabulary']:,} words" if row["vocabulary"] else ""
+    chunk = f"{row['chunk']:,}" if row["method"].startswith("ours") else ""
+    return (
+        f"| {what} | {row['length']:,} | {chunk} | {row['method']} | {row['peak_bytes_above'] / 1e6:,.0f} | {memory} | "
+        f"{seconds:,.1f} | {time} |"
+    )
+
+
 TABLES = {
     "memory": memory_table,
     "speed": speed_table,
@@ -271,12 +309,28 @@ def blocks() -> dict[str, str]:
     return found
 
 
-def fill(text: str) -> str:
-    """The README with its tables made anew from the results."""
-    for name, block in blocks().items():
+def huggingface_blocks() -> dict[str, str]:
+    """Those of the guide to Hugging Face models."""
+    found: dict[str, str] = {}
+    for name in ("huggingface", "huggingface-cuda"):
+        results = load(name)
+        machine, device = results["machine"], name.partition("-")[2]
+        command = "python -m benchmarks.huggingface" + (f" --device {device}" if device else "")
+        where = f"{machine.get('gpu', machine['cpu'])}, torch {machine['torch']}, Python {machine['python']}"
+        found[name] = f"{huggingface_table(results)}\n\nMeasured by `{command}`: {where}. Each row has its own case."
+    return found
+
+
+PAGES = {"README.md": blocks, "docs/huggingface.md": huggingface_blocks}
+
+
+def filled(page: str) -> str:
+    """A page with its tables made anew from the results."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, block in PAGES[page]().items():
         pattern = re.compile(f"(<!-- results: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
-            raise SystemExit(f"README.md has no '<!-- results: {name} -->' ... '<!-- end -->'")
+            raise SystemExit(f"{page} has no '<!-- results: {name} -->' ... '<!-- end -->'")
         text = pattern.sub(lambda match, block=block: match[1] + block + match[2], text)
     return text
 
@@ -342,8 +396,8 @@ def draw() -> None:
 
 def main() -> None:
     draw()
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text()))
+    for page in PAGES:
+        (ROOT / page).write_text(filled(page), encoding="utf-8")
 
 
 if __name__ == "__main__":

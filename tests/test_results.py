@@ -9,9 +9,10 @@ from benchmarks import figures
 from benchmarks.measure import RESULTS
 
 
-def test_the_tables_of_the_readme_are_made_from_the_committed_results() -> None:
-    readme = (figures.ROOT / "README.md").read_text()
-    assert figures.fill(readme) == readme, "run: python -m benchmarks.figures"
+@pytest.mark.parametrize("page", figures.PAGES)
+def test_the_tables_of_a_page_are_made_from_the_committed_results(page: str) -> None:
+    text = (figures.ROOT / page).read_text(encoding="utf-8")
+    assert figures.filled(page) == text, "run: python -m benchmarks.figures"
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
