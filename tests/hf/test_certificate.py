@@ -476,3 +476,8 @@ def test_widened_tensors_are_float64_without_a_default_dtype() -> None:
         assert torch.get_default_dtype() is torch.float32
     assert {x.dtype for x in made} == {torch.float64}
     assert torch.zeros(2).dtype is torch.float32
+
+
+def test_what_is_no_model_of_transformers_is_refused() -> None:
+    with pytest.raises(ModelError, match="expected a transformers model, got Linear"):
+        slimgrad.hf.certify(torch.nn.Linear(2, 2))

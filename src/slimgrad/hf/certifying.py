@@ -44,13 +44,26 @@ def certify(model: nn.Module, *, cached: bool = True) -> Certificate:
     """The certificate of a model's class with its configuration: looked up, or made in about two seconds.
 
     Args:
-        model: a transformers model; its weights are not looked at.
+        model: a transformers model, or a PEFT model around one; its weights are not looked at.
         cached: whether a certificate on disk will do (`~/.cache/slimgrad/certificates`, or `SLIMGRAD_CACHE`).
 
     Returns:
         A certificate, which may say no.
+
+    Raises:
+        ModelError: it is no model of transformers.
     """
-    return certify_class(type(model), cast(Any, model).config, cached=cached)
+    inner = inner_model(model)
+    return certify_class(type(inner), cast(Any, inner).config, cached=cached)
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The transformers model within PEFT's."""
+    get = getattr(model, "get_base_model", None)
+    inner = get() if callable(get) else model
+    if not isinstance(inner, nn.Module) or not hasattr(inner, "config"):
+        raise ModelError(f"expected a transformers model, got {type(model).__name__}")
+    return inner
 
 
 def certify_class(kind: type[Any], config: Any, *, cached: bool = True) -> Certificate:

@@ -7,7 +7,7 @@ from torch import nn
 from slimgrad.call.arguments import DEFAULT_CHUNK
 from slimgrad.errors import InputError, ModelError
 from slimgrad.hf.certificate import Certificate
-from slimgrad.hf.certifying import certify
+from slimgrad.hf.certifying import certify, inner_model
 from slimgrad.hf.forwards import enabled, install, refuse_modules, uninstall
 from slimgrad.sweep.schedules.base import Schedule
 
@@ -51,7 +51,7 @@ def enable(
         >>> slimgrad.hf.enable(model, chunk=4096)
         >>> model(input_ids=ids, labels=ids).loss.backward()
     """
-    inner = _inner(model)
+    inner = inner_model(model)
     if enabled(inner):
         raise InputError("the model is enabled already; expected slimgrad.hf.disable(model) before it is enabled anew")
     if chunk < 2:
@@ -77,7 +77,7 @@ def disable(model: nn.Module) -> nn.Module:
     Raises:
         InputError: it is not enabled.
     """
-    if not uninstall(_inner(model)):
+    if not uninstall(inner_model(model)):
         raise InputError("the model is not enabled; expected one that slimgrad.hf.enable was called on")
     return model
 
@@ -90,12 +90,3 @@ def _refuse_wrapped(base: nn.Module) -> None:
             "which chunks would pass by. Expected slimgrad.hf.enable(model) before whoever wraps the model "
             "(Accelerate's prepare does)"
         )
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The transformers model within PEFT's."""
-    get = getattr(model, "get_base_model", None)
-    inner = get() if callable(get) else model
-    if not isinstance(inner, nn.Module) or not hasattr(inner, "config"):
-        raise ModelError(f"expected a transformers model, got {type(model).__name__}")
-    return inner
