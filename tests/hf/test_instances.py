@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,9 @@ def test_evaluation_and_generation_have_the_same_bits(kind: str) -> None:
             found += [outputs.loss, outputs.logits]
         model.eval()
         found += [model.generate(input_ids=prompt, max_new_tokens=9, do_sample=False, pad_token_id=0)]
-        outputs = model(input_ids=IDS, labels=IDS, output_hidden_states=True)  # with a graph
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* is in eval mode", UserWarning)
+            outputs = model(input_ids=IDS, labels=IDS, output_hidden_states=True)  # with a graph
         outputs.loss.backward()
         found += [outputs.loss, outputs.logits, *outputs.hidden_states, *taken(model).values()]
         model.train()

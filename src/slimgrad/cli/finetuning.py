@@ -68,7 +68,10 @@ def is_hugging_face(name: str) -> bool:
     try:
         record = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path / CONFIG}: expected JSON, it cannot be read: {error}") from error
+        raise InputError(
+            f"{path / CONFIG}: expected the record of a run of slimgrad, or the configuration of a Hugging Face model, "
+            f"in JSON; it cannot be read: {error}"
+        ) from error
     if isinstance(record, dict) and record.keys() & {"model_type", "config"}:
         return "model_type" in record
     raise InputError(

@@ -177,13 +177,13 @@ class BaseForward(_Forward):
         config, step = self.step.config, self.step
         refuse_modules(self.module)
         refuse_changed(self.configured, config)
-        if self.checked is not None and {*map(id, hooks_in(self.module))} - {*map(id, self.checked)}:
-            self.check(self.module)
         given = without_silent_zeros(self.by_name(args, kwargs), self.certificate.silent_zeros)
         names = [n for n in PER_TOKEN if given.get(n) is not None and (n != "position_ids" or step.takes_positions)]
         self.certificate.require_taken(self.module, names)
         padding = padding_token(config) if self.certificate.counts_padding else None
         batch = read_batch(given, config, padding=padding, takes_positions=step.takes_positions)
+        if self.checked is not None and {*map(id, hooks_in(self.module))} - {*map(id, self.checked)}:
+            self.check(self.module)
         step.routes = bool(given.get("output_router_logits", getattr(config, "output_router_logits", False)))
         outputs = self.swept(batch.sequences)
         hidden = batch.assembled([one["last_hidden_state"] for one in outputs])
