@@ -51,7 +51,7 @@ def waits(
             return fetch(numbers)
 
         def moving(self: Run, head: bool, cotangents: Any) -> None:
-            move, before = self.progress.plan.next(), so_far()
+            move, before = self.progress.moves.next(), so_far()
             go_on(self, head, cotangents)
             assert move is not None
             rows.append((move.kind, move.span.start, so_far() - before))

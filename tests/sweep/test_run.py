@@ -14,7 +14,7 @@ from torch import Tensor
 import slimgrad as sg
 from slimgrad.states.base import Root
 from slimgrad.sweep.cut import Cut, Span
-from slimgrad.sweep.plan import Plan
+from slimgrad.sweep.moves import Moves
 from slimgrad.sweep.program import ChunkResult, Piece
 from slimgrad.sweep.progress import Progress
 from slimgrad.sweep.run import Run
@@ -68,7 +68,7 @@ class Products:
 
 def products(num_chunks: int, schedule: sg.Schedule, *, to_end: bool = False) -> tuple[Products, Run]:
     """The program, and a run over it that begins at 2."""
-    program, plan = Products(), Plan(Cut(num_chunks * CHUNK, CHUNK), schedule, to_end=to_end)
+    program, plan = Products(), Moves(Cut(num_chunks * CHUNK, CHUNK), schedule, to_end=to_end)
     return program, Run(program, Progress(torch.tensor(2.0, dtype=torch.float64), plan, seed=0, parts={}))
 
 

@@ -35,7 +35,7 @@ def perform(schedule: Schedule, num_chunks: int) -> Cost:
     """Carry a plan out, asserting that every action finds what it needs."""
     live, slots, reversed_chunks, most = 0, {}, [], 0
     advances = [0] * num_chunks
-    for kind, chunk, slot in schedule.plan(num_chunks):
+    for kind, chunk, slot in schedule.actions(num_chunks):
         if kind is Kind.STORE:
             assert chunk == live
             assert slot not in slots
@@ -70,7 +70,7 @@ def test_a_plan_reverses_every_chunk_once_from_its_own_state(schedule: Schedule,
 @given(schedule=schedules, num_chunks=st.integers(1, 100))
 def test_before_the_first_reverse_each_chunk_is_advanced_once_in_order(schedule: Schedule, num_chunks: int) -> None:
     first_sweep = []
-    for action in schedule.plan(num_chunks):
+    for action in schedule.actions(num_chunks):
         if action.kind is Kind.REVERSE:
             break
         first_sweep += [action.chunk] if action.kind is Kind.ADVANCE else []
@@ -130,7 +130,7 @@ def test_memory_of_binomial_does_not_grow() -> None:
 
 
 def test_a_plan_is_made_of_integers() -> None:
-    assert list(Keep().plan(2)) == [
+    assert list(Keep().actions(2)) == [
         Action(Kind.STORE, 0, 0),
         Action(Kind.ADVANCE, 0),
         Action(Kind.REVERSE, 1),

@@ -23,7 +23,7 @@ from slimgrad.gradients.sink import Sink
 from slimgrad.states import raw_tensor
 from slimgrad.states.base import Root, State
 from slimgrad.sweep import tree
-from slimgrad.sweep.plan import Plan
+from slimgrad.sweep.moves import Moves
 from slimgrad.sweep.program import OnChunk, refuse_nesting
 from slimgrad.sweep.progress import Progress
 from slimgrad.sweep.random import derive_seed, draw_seed, in_turn
@@ -222,9 +222,9 @@ class Call:
         if self._schedule is None and differentiates:
             self._schedule, reason = self._choose_schedule(state)
             logger.info("schedule: %s", reason)
-        plan = Plan(program.cut, self._schedule if differentiates else None, to_end=to_end)
+        moves = Moves(program.cut, self._schedule if differentiates else None, to_end=to_end)
         parts = {"collected": program.collected} | ({} if self.gather is None else {"gathered": self.gather})
-        progress = Progress(state, plan, seed=program.seed, parts=parts)
+        progress = Progress(state, moves, seed=program.seed, parts=parts)
         return Started(
             Run(program, progress, on_chunk=self._options.on_chunk, differentiates=differentiates), program, made
         )

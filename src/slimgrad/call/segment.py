@@ -36,7 +36,7 @@ from slimgrad.gradients.sink import Sink
 from slimgrad.states.values import packed_value, unpacked_value
 from slimgrad.sweep import tree
 from slimgrad.sweep.compiled import not_traced
-from slimgrad.sweep.plan import FLOOR
+from slimgrad.sweep.moves import FLOOR
 from slimgrad.sweep.program import Event, OnChunk, refuse_nesting
 from slimgrad.sweep.run import everywhere
 from slimgrad.sweep.schedules.base import Schedule
@@ -145,20 +145,20 @@ class Segment:
 
     def _reverse(self, final_state_grad: Any) -> Any:
         while True:
-            plan, loss_grad = self._started.run.progress.plan, self._loss_grad
-            before = plan.parts
+            moves, loss_grad = self._started.run.progress.moves, self._loss_grad
+            before = moves.parts
             cotangent = self._cotangent()
             if self.phase == "swept" and final_state_grad is not None:
                 self._started.run.progress.expect(final_state_grad)
             try:
                 return self._started.reverse(everywhere(cotangent))
             except MemoryLimitError:
-                parts = plan.parts if plan.parts > before else 2 * plan.parts  # more, if it was split on the way
-                if self._folder is None or plan.cut.chunk // parts < FLOOR:
+                parts = moves.parts if moves.parts > before else 2 * moves.parts  # more, if it was split on the way
+                if self._folder is None or moves.cut.chunk // parts < FLOOR:
                     raise
             logger.warning("going on from %s, in %d parts a chunk", self._folder, parts)
             self._go_on_from(read_document(self._folder, self._call.shared.device))
-            self._loss_grad, self._started.run.progress.plan.parts = loss_grad, parts
+            self._loss_grad, self._started.run.progress.moves.parts = loss_grad, parts
             if self.phase in ("new", "forward"):
                 self._started.run.forward()
 

@@ -1,6 +1,6 @@
-"""A gradient in progress, as a value: all that it is between two actions of its plan.
+"""A gradient in progress, as a value: all that it is between two of its moves.
 
-    Progress = seed · plan (the cut, and where in it) · per leaf of the state: value, log, adjoint, kept copies
+    Progress = seed · moves (the cut, and where in them) · per leaf of the state: value, log, adjoint, kept copies
                · recorded bits · gathered gradients · sums of losses and metrics · gradients of inputs
 
 So it can be looked at, saved, loaded and sent elsewhere. What runs it is `run.Run`.
@@ -20,7 +20,7 @@ from slimgrad.states import carrier_for
 from slimgrad.states.base import Carrier, Purpose, Root, Setting, State, mismatch
 from slimgrad.states.values import packed_value, unpacked_value
 from slimgrad.sweep import tree
-from slimgrad.sweep.plan import Move, Plan
+from slimgrad.sweep.moves import Move, Moves
 from slimgrad.sweep.schedules.base import Kind
 from slimgrad.sweep.store import Store
 from slimgrad.sweep.witness import Witness, fetch
@@ -43,17 +43,17 @@ class Progress:
 
     Args:
         initial_state: the state before the first chunk.
-        plan: what is to be done.
+        moves: what is still to be done.
         seed: from which every chunk's own is derived.
         parts: what others own of it, by name.
     """
 
-    def __init__(self, initial_state: tree.Tree, plan: Plan, *, seed: int, parts: Mapping[str, Saved]) -> None:
-        self.plan, self.seed, self.parts = plan, seed, parts
-        schedule, count = plan.schedule, len(plan.cut)
+    def __init__(self, initial_state: tree.Tree, moves: Moves, *, seed: int, parts: Mapping[str, Saved]) -> None:
+        self.moves, self.seed, self.parts = moves, seed, parts
+        schedule, count = moves.schedule, len(moves.cut)
         leaves, self.spec = tree.flatten(initial_state)
         self.skeleton = tree.skeleton(self.spec)
-        # slots of the plan, one for the end, and those that parts of chunks take
+        # slots of the moves, one for the end, and those that parts of chunks take
         self.store = Store(
             "device" if schedule is None else schedule.store, 0 if schedule is None else schedule.num_slots(count)
         )
@@ -99,7 +99,7 @@ class Progress:
         """Have what will be loaded next read beside the computation."""
         if not self.store.is_file:
             return
-        for move in self.plan.ahead(4):
+        for move in self.moves.ahead(4):
             if move.kind is Kind.LOAD and move.slot in self.slots:
                 for carrier, token in zip(self.carriers, self.slots[move.slot][-1], strict=True):
                     if token is not None:
@@ -163,7 +163,7 @@ class Progress:
 
     def rewind(self, move: Move) -> None:
         """The move failed: it is as if it had not been tried."""
-        self.witness.forget_after(max(move.span.start, self.plan.reached))
+        self.witness.forget_after(max(move.span.start, self.moves.reached))
         for carrier in self.carriers:
             carrier.rewind()
             carrier.in_backward = False
@@ -231,7 +231,7 @@ class Progress:
         return {
             "seed": self.seed,
             "phase": self.phase,
-            "plan": self.plan.state(),
+            "moves": self.moves.state(),
             "carriers": [carrier.state() for carrier in self.carriers],
             "store": self.store.state(),
             "slots": slots,
@@ -250,7 +250,7 @@ class Progress:
             moved: where tensors of a device are now.
         """
         self.seed, self.phase, self.final_gradient = state["seed"], state["phase"], state["final gradient"]
-        self.plan.load_state(state["plan"])
+        self.moves.load_state(state["moves"])
         self.store.load_state(state["store"], moved)
         for carrier, saved in zip(self.carriers, state["carriers"], strict=True):
             carrier.load_state(saved)

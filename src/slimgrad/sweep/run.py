@@ -5,7 +5,7 @@
     gradient = run.reverse(cotangents)           # chunk by chunk, last first; gives the initial state's gradient
 
 A `Program` is what a sweep runs: a chunk by its span. It knows the model, the inputs and the loss; the sweep knows none
-of them. All that a gradient under way is, is in its `Progress`; here is what carries it on, move by move of its plan.
+of them. All that a gradient under way is, is in its `Progress`; here is what carries it on, move by move.
 
 Algorithm 1 of "Sub-Linear Memory: How to Make Performers SLiM" (NeurIPS 2021), with the schedule and the kinds of state
 made parameters. Cost over plain backpropagation: `schedule.num_advances` chunks forward. Memory: one chunk's graph, the
@@ -27,7 +27,7 @@ from slimgrad.sweep import tree
 from slimgrad.sweep.allocation import is_allocation_failure, release
 from slimgrad.sweep.cut import Span
 from slimgrad.sweep.graphless import graphless, wants_graph
-from slimgrad.sweep.plan import Move
+from slimgrad.sweep.moves import Move
 from slimgrad.sweep.program import ChunkResult, Event, OnChunk, Piece, Program, inside_chunk, refuse_nesting
 from slimgrad.sweep.progress import Progress
 from slimgrad.sweep.schedules.base import Kind
@@ -62,15 +62,15 @@ class Run:
             head: run every chunk with its head, so that the program collects its outputs.
 
         Returns:
-            The final state, if the plan goes to the end; else None.
+            The final state, if the moves go to the end; else None.
         """
         progress = self.progress
         self._enter("forward", after="new")
         try:
-            if progress.plan.reached == 0 and self._differentiates:
+            if progress.moves.reached == 0 and self._differentiates:
                 progress.compare(Move(Kind.STORE, Span(0, 0)), {}, ())
             with torch.no_grad():
-                while progress.plan.is_forward:
+                while progress.moves.is_forward:
                     self._go_on(head, _no_cotangents)
         except BaseException:
             progress.close()
@@ -92,7 +92,7 @@ class Run:
         self._enter("reverse", after="swept")
         try:
             with torch.no_grad():
-                while progress.plan.next() is not None:
+                while progress.moves.next() is not None:
                     self._go_on(False, cotangents)
             return progress.adjoint()
         finally:
@@ -108,7 +108,7 @@ class Run:
 
     def _go_on(self, head: bool, cotangents: Cotangents) -> None:
         """Carry out the next move. Where it does not fit into memory, finer ones take its place."""
-        progress, move = self.progress, self.progress.plan.next()
+        progress, move = self.progress, self.progress.moves.next()
         assert move is not None
         failure, result, wanted_graph = "", None, False
         self._in_backward = self._is_over = False
@@ -131,32 +131,32 @@ class Run:
             if not wanted_graph:
                 self._split(move, failure)
             return
-        progress.plan.done()
+        progress.moves.done()
         if result is not None:
             self._tell(move, result)
 
     def _split(self, move: Move, failure: str) -> None:
-        span, plan = move.span, self.progress.plan
+        span, moves = move.span, self.progress.moves
         where = f"{span} did not fit into memory ({failure.splitlines()[0]})"
         if self._is_over:
             raise MemoryLimitError(
                 f"{where}, when it had been run and what came of it was put in its place. Every .grad is as it was "
                 "before the call. Use a smaller chunk=, or free some memory"
             )
-        if plan.draws and move.kind in (Kind.ADVANCE, Kind.REVERSE) and not move.finer and span.stop <= plan.reached:
+        if moves.draws and move.kind in (Kind.ADVANCE, Kind.REVERSE) and not move.finer and span.stop <= moves.reached:
             raise SweepError(
                 f"{where} in the reverse sweep, and cannot be taken in parts: the model draws random numbers "
                 "(dropout), and would draw others for other shapes. Use a smaller chunk=, or turn dropout off"
             )
         # the adjoint of the last chunk is entered again
-        intact = span.stop == plan.cut.length or all(c.is_intact for c in self.progress.carriers)
+        intact = span.stop == moves.cut.length or all(c.is_intact for c in self.progress.carriers)
         if self._in_backward and not (intact and self._program.forget()):
             raise MemoryLimitError(
                 f"{where}, in the backward pass, when a part of the gradients had been added, which cannot be told "
                 "from other chunks' now. Every .grad is as it was before the call. Use a smaller chunk=, or save a "
                 "slimgrad.Segment on the way, which goes on from there by itself"
             )
-        if move.kind not in (Kind.ADVANCE, Kind.REVERSE) or not plan.split():
+        if move.kind not in (Kind.ADVANCE, Kind.REVERSE) or not moves.split():
             raise MemoryLimitError(
                 f"{where}, and cannot be taken in smaller parts. Use a smaller chunk=, or free some memory"
             )
@@ -165,25 +165,25 @@ class Run:
     def _advance(self, move: Move, head: bool) -> ChunkResult:
         """Run a chunk for a state alone (and its outputs): the one after it, or, retraced, the one before."""
         progress, span = self.progress, move.span
-        is_first = span.stop > progress.plan.reached
+        is_first = span.stop > progress.moves.reached
         purpose = Purpose.RETRACE if move.kind is Kind.RETRACE else Purpose.FORWARD if is_first else Purpose.AGAIN
         graph = graphless() if self._differentiates and not self._keeps_graphs else nullcontext()
         head = head and is_first
         piece = self._program.read(span, head=head)
         with inside_chunk(), self._program.chunk_context(span.start):
-            drawn = self._program.draws() if is_first and self._differentiates and not progress.plan.draws else []
+            drawn = self._program.draws() if is_first and self._differentiates and not progress.moves.draws else []
             # Gradients are on as in the reverse sweep, though nobody asks for them here: torch chooses some kernels by
             # it (matmul folds or batches, recurrent layers have a kernel for inference), with other bits
             with torch.set_grad_enabled(self._differentiates), graph:
                 result = self._run(move, purpose, piece, head)
             if drawn and drawn != self._program.draws():
-                progress.plan.draws = True
+                progress.moves.draws = True
         progress.compare(move, piece.read, result.outputs, bits=self._differentiates)
         self._is_over = True
         progress.settle(piece.leaves)
         progress.same_bits = progress.same_bits and not move.finer
         if is_first:
-            if span.stop == progress.plan.cut.length:
+            if span.stop == progress.moves.cut.length:
                 progress.end()
             self._program.collect(piece, result, "forward")
         return result
@@ -196,7 +196,7 @@ class Run:
             with torch.enable_grad():
                 result = self._run(move, Purpose.REVERSE, piece, True)
             progress.compare(move, piece.read, result.outputs)
-            if span.stop == progress.plan.cut.length:
+            if span.stop == progress.moves.cut.length:
                 progress.end()
                 progress.enter_final_gradient()
             # Phi, term by term: the outputs with their cotangents, the state after the chunk with the adjoint
@@ -234,7 +234,7 @@ class Run:
         phase = "reverse" if move.kind is Kind.REVERSE else "forward" if progress.phase == "forward" else "again"
         loss = None if result.loss is None else float(result.loss.detach().sum())
         norm = progress.adjoint_norm() if phase == "reverse" else None
-        self._on_chunk(Event(phase, *move.span, progress.plan.cut.length, loss, progress.held_bytes, norm))
+        self._on_chunk(Event(phase, *move.span, progress.moves.cut.length, loss, progress.held_bytes, norm))
 
 
 def everywhere(cotangent: Tensor | None) -> Cotangents:

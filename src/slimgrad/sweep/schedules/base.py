@@ -1,7 +1,7 @@
 """How the reverse sweep finds the state before each chunk: schedules as values, planning as integers.
 
-A schedule is a frozen value that the caller passes. Its `plan(num_chunks)` yields integer actions, which a `Run`
-carries out; nothing here imports torch, so a plan can be tested, drawn and priced by itself.
+A schedule is a frozen value that the caller passes. Its `actions(num_chunks)` yields integer actions, which a `Run`
+carries out; nothing here imports torch, so that they can be tested, drawn and priced by themselves.
 
 | schedule | states kept | chunks advanced again | good for |
 |---|---|---|---|
@@ -34,11 +34,11 @@ class Kind(IntEnum):
     ADVANCE = 2  # take the live state through `chunk`, for the next state alone
     REVERSE = 3  # rebuild `chunk` with a graph, and backpropagate through it
     FREE = 4  # forget `slot`
-    RETRACE = 5  # from after `chunk`, or before it, to before it, without a gradient: no schedule's, see `plan`
+    RETRACE = 5  # from after `chunk`, or before it, to before it, without a gradient: no schedule's, see `moves`
 
 
 class Action(NamedTuple):
-    """One action of a plan: integers only."""
+    """One action: integers only."""
 
     kind: Kind
     chunk: int
@@ -68,12 +68,12 @@ class Schedule(ABC):
                 )
 
     @abstractmethod
-    def plan(self, num_chunks: int) -> Iterator[Action]:
+    def actions(self, num_chunks: int) -> Iterator[Action]:
         """The actions, each chunk reversed once, last first."""
 
     @abstractmethod
     def num_slots(self, num_chunks: int) -> int:
-        """How many slots the plan for `num_chunks` chunks uses at most."""
+        """How many slots the actions for `num_chunks` chunks use at most."""
 
     @abstractmethod
     def num_advances(self, num_chunks: int) -> int:

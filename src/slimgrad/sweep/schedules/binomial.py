@@ -26,7 +26,7 @@ class Binomial(Schedule):
         if self.slots < 1:
             raise InputError(f"Binomial(slots={self.slots}): expected slots >= 1 (the state before the first chunk)")
 
-    def plan(self, num_chunks: int) -> Iterator[Action]:
+    def actions(self, num_chunks: int) -> Iterator[Action]:
         """Keep the first state, then divide what follows."""
         yield Action(Kind.STORE, 0, 0)
         yield from self._reverse(0, num_chunks, 0)

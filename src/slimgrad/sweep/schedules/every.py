@@ -25,7 +25,7 @@ class Every(Schedule):
         if self.k < 1:
             raise InputError(f"Every(k={self.k}): expected k >= 1")
 
-    def plan(self, num_chunks: int) -> Iterator[Action]:
+    def actions(self, num_chunks: int) -> Iterator[Action]:
         """Sweep once keeping segment starts; then segment by segment, last first."""
         starts = list(range(0, num_chunks, self.k))
         for segment, start in enumerate(starts):

@@ -16,7 +16,7 @@ class Keep(Schedule):
     Source: plain checkpointing along time; Algorithm 1 without its subtraction.
     """
 
-    def plan(self, num_chunks: int) -> Iterator[Action]:
+    def actions(self, num_chunks: int) -> Iterator[Action]:
         """Store before each chunk but the last; reverse each from its own slot."""
         last = num_chunks - 1
         for chunk in range(last):

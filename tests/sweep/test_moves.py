@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from slimgrad import Binomial, Every, Keep, Rebuild, Schedule
 from slimgrad.sweep.cut import Cut, Span
-from slimgrad.sweep.plan import FLOOR, Move, Plan
+from slimgrad.sweep.moves import FLOOR, Move, Moves
 from slimgrad.sweep.schedules.base import Kind
 
 schedules = st.one_of(
@@ -39,7 +39,7 @@ class Leaf(NamedTuple):
 class Machine:
     """Carries out moves, asserting of each that it finds what it needs."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Moves) -> None:
         self.plan = plan
         self.rolls_back = plan.schedule is not None and plan.schedule.rolls_back
         self.sum = self.tensor = Leaf(0)
@@ -138,7 +138,7 @@ def carry_out(machine: Machine, failing: Iterable[int] = (), attempt: int = 0) -
 
 
 def whole_steps(schedule: Schedule, cut: Cut) -> list[Move]:
-    return [Move(action.kind, cut[action.chunk], action.slot) for action in schedule.plan(len(cut))]
+    return [Move(action.kind, cut[action.chunk], action.slot) for action in schedule.actions(len(cut))]
 
 
 # --- whole ---
@@ -146,7 +146,7 @@ def whole_steps(schedule: Schedule, cut: Cut) -> list[Move]:
 
 @given(schedules, cuts)
 def test_without_an_end_it_is_the_schedule_over_spans(schedule: Schedule, cut: Cut) -> None:
-    machine = Machine(Plan(cut, schedule, to_end=False))
+    machine = Machine(Moves(cut, schedule, to_end=False))
     carry_out(machine)
     assert machine.moves == whole_steps(schedule, cut)
     machine.require_done()
@@ -155,7 +155,7 @@ def test_without_an_end_it_is_the_schedule_over_spans(schedule: Schedule, cut: C
 @given(schedules, cuts)
 def test_the_end_is_part_of_it(schedule: Schedule, cut: Cut) -> None:
     """The last chunk is advanced once, from a state that is kept for it, and nothing else changes."""
-    machine = Machine(Plan(cut, schedule, to_end=True))
+    machine = Machine(Moves(cut, schedule, to_end=True))
     carry_out(machine)
     machine.require_done()
     last, slot = cut[len(cut) - 1], schedule.num_slots(len(cut))
@@ -174,7 +174,7 @@ def test_the_end_is_part_of_it(schedule: Schedule, cut: Cut) -> None:
 
 @given(cuts)
 def test_without_a_schedule_it_only_goes_forward(cut: Cut) -> None:
-    machine = Machine(Plan(cut, None, to_end=False))
+    machine = Machine(Moves(cut, None, to_end=False))
     carry_out(machine)
     assert machine.moves == [Move(Kind.ADVANCE, cut[number]) for number in range(len(cut))]
 
@@ -183,7 +183,7 @@ def test_without_a_schedule_it_only_goes_forward(cut: Cut) -> None:
 def test_the_first_sweep_ends_with_the_state_that_is_wanted(
     schedule: Schedule, cut: Cut, to_end: bool, failing: set[int]
 ) -> None:
-    plan = Plan(cut, schedule, to_end=to_end)
+    plan = Moves(cut, schedule, to_end=to_end)
     machine, attempt = Machine(plan), 0
     while plan.is_forward:
         move = plan.next()
@@ -209,7 +209,7 @@ def test_the_first_sweep_ends_with_the_state_that_is_wanted(
 def test_wherever_it_fails_every_token_is_reversed_once(
     schedule: Schedule, cut: Cut, to_end: bool, failing: set[int]
 ) -> None:
-    machine = Machine(Plan(cut, schedule, to_end=to_end))
+    machine = Machine(Moves(cut, schedule, to_end=to_end))
     carry_out(machine, failing)
     machine.require_done()
 
@@ -218,7 +218,7 @@ def test_wherever_it_fails_every_token_is_reversed_once(
 @given(schedules, cuts, st.booleans())
 def test_whatever_fails_until_nothing_can_be_split(schedule: Schedule, cut: Cut, to_end: bool) -> None:
     """Every attempt fails: the parts end up below twice the floor, and none below the floor but what was so short."""
-    machine = Machine(Plan(cut, schedule, to_end=to_end))
+    machine = Machine(Moves(cut, schedule, to_end=to_end))
     carry_out(machine, range(4000))
     machine.require_done()
     shortest = min(min(stop - start for start, stop in machine.reversed), FLOOR)
@@ -229,7 +229,7 @@ def test_whatever_fails_until_nothing_can_be_split(schedule: Schedule, cut: Cut,
 @given(schedules, st.booleans(), st.integers(2, 9))
 def test_later_chunks_are_cut_as_finely_at_once(schedule: Schedule, to_end: bool, count: int) -> None:
     """One failure in the first chunk, and no other has to fail: not again where it is advanced again, either."""
-    machine = Machine(Plan(Cut(64 * count, 64), schedule, to_end=to_end))
+    machine = Machine(Moves(Cut(64 * count, 64), schedule, to_end=to_end))
     first = next(number for number, move in enumerate(whole_steps(schedule, machine.plan.cut)) if move.kind == 2)
     assert carry_out(machine, {first}) == 1
     machine.require_done()
@@ -239,7 +239,7 @@ def test_later_chunks_are_cut_as_finely_at_once(schedule: Schedule, to_end: bool
 
 @given(schedules, st.integers(2, 9))
 def test_what_went_forward_whole_is_reversed_in_parts_from_before(schedule: Schedule, count: int) -> None:
-    plan = Plan(Cut(64 * count, 64), schedule, to_end=True)
+    plan = Moves(Cut(64 * count, 64), schedule, to_end=True)
     machine = Machine(plan)
     while plan.is_forward:
         machine.do(plan.next())
@@ -255,7 +255,7 @@ def test_what_went_forward_whole_is_reversed_in_parts_from_before(schedule: Sche
 @pytest.mark.parametrize(("length", "splits"), [(2 * FLOOR, True), (2 * FLOOR - 1, False), (1, False)])
 @pytest.mark.parametrize("schedule", [Rebuild(), Keep(), Every(2), Binomial(2), None], ids=str)
 def test_the_floor(schedule: Schedule | None, length: int, splits: bool) -> None:
-    plan = Plan(Cut(length, length), schedule, to_end=False)
+    plan = Moves(Cut(length, length), schedule, to_end=False)
     while plan.next().kind not in (Kind.ADVANCE, Kind.REVERSE):
         plan.done()
     assert plan.split() is splits
@@ -268,7 +268,7 @@ def test_the_floor(schedule: Schedule | None, length: int, splits: bool) -> None
 @pytest.mark.parametrize("schedule", [Every(3), Binomial(1), Binomial(2)], ids=str)
 def test_what_is_advanced_again_is_taken_in_parts_from_then_on(schedule: Schedule, to_end: bool) -> None:
     """One failure; what comes of the parts has other bits, until a state of the first sweep is loaded."""
-    machine = Machine(Plan(Cut(64 * 7, 64), schedule, to_end=to_end))
+    machine = Machine(Moves(Cut(64 * 7, 64), schedule, to_end=to_end))
     failures = 0
     while (move := machine.plan.next()) is not None:
         if move.kind is Kind.ADVANCE and move.span.stop <= machine.plan.reached and not move.finer:
@@ -283,7 +283,7 @@ def test_what_is_advanced_again_is_taken_in_parts_from_then_on(schedule: Schedul
 
 
 def test_neither_a_retrace_nor_a_move_is_split() -> None:
-    plan = Plan(Cut(128, 64), Rebuild(), to_end=False)
+    plan = Moves(Cut(128, 64), Rebuild(), to_end=False)
     machine = Machine(plan)
     refused = set()
     while (move := plan.next()) is not None:
@@ -307,7 +307,7 @@ def test_neither_a_retrace_nor_a_move_is_split() -> None:
 @given(schedules, cuts.filter(lambda cut: len(cut) <= 8), st.booleans(), failures)
 def test_a_saved_plan_goes_on_alike(schedule: Schedule, cut: Cut, to_end: bool, failing: set[int]) -> None:
     """Saved before every attempt, as plain values, which later moves leave alone."""
-    plan = Plan(cut, schedule, to_end=to_end)
+    plan = Moves(cut, schedule, to_end=to_end)
     saved: list[tuple[Any, str]] = []
     moves: list[Move] = []
     while (move := plan.next()) is not None:
@@ -318,7 +318,7 @@ def test_a_saved_plan_goes_on_alike(schedule: Schedule, cut: Cut, to_end: bool, 
             plan.done()
     for attempt, (state, text) in enumerate(saved):
         assert json.dumps(state) == text
-        again = Plan(cut, schedule, to_end=to_end)
+        again = Moves(cut, schedule, to_end=to_end)
         again.load_state(json.loads(text))
         rest: list[Move] = []
         while (move := again.next()) is not None:
@@ -337,7 +337,7 @@ def test_a_saved_plan_goes_on_alike(schedule: Schedule, cut: Cut, to_end: bool, 
 def test_looking_ahead_changes_nothing(
     schedule: Schedule, cut: Cut, to_end: bool, failing: set[int], counts: list[int]
 ) -> None:
-    looking, other = (Plan(cut, schedule, to_end=to_end) for _ in range(2))
+    looking, other = (Moves(cut, schedule, to_end=to_end) for _ in range(2))
     attempt = 0
     while (move := other.next()) is not None:
         count = counts[attempt % len(counts)]
@@ -360,7 +360,7 @@ def test_looking_ahead_changes_nothing(
 
 @given(schedules, cuts, st.booleans(), st.integers(0, 9))
 def test_what_is_ahead_comes(schedule: Schedule, cut: Cut, to_end: bool, count: int) -> None:
-    plan = Plan(cut, schedule, to_end=to_end)
+    plan = Moves(cut, schedule, to_end=to_end)
     promised: list[list[Move]] = []
     moves: list[Move] = []
     while (move := plan.next()) is not None:
@@ -381,7 +381,7 @@ def test_a_hundred_thousand_chunks_cost_next_to_nothing(schedule: Schedule, fail
     """
     cut = Cut(100_000 * 64, 64)
     tracemalloc.start()
-    plan, taken = Plan(cut, schedule, to_end=True), 0
+    plan, taken = Moves(cut, schedule, to_end=True), 0
     most = 0
     while (move := plan.next()) is not None and taken < 60_000:
         if fails and move.kind is Kind.ADVANCE and plan.split():

@@ -1,7 +1,7 @@
 """A schedule's actions over a sequence, in order: looked ahead in, entered in the middle, made finer on the way.
 
 The end of the sequence is part of it: where the state after the last chunk is wanted, that chunk is advanced like any
-other, and then reversed. A plan holds a position, and not its actions: a hundred thousand chunks cost nothing.
+other, and then reversed. What is held is a position, and not the actions: a hundred thousand chunks cost nothing.
 
 A chunk that does not fit into memory is taken in parts. Where it fails in the first sweep, the sequence is cut finer
 there for good: both sweeps see the parts, and bits are compared as ever. Where a chunk went forward in one piece and
@@ -39,7 +39,7 @@ class Move(NamedTuple):
     finer: bool = False
 
 
-class Plan:
+class Moves:
     """What is still to do.
 
     Args:
@@ -134,7 +134,7 @@ class Plan:
         if self.schedule is None:
             yield from (Action(Kind.ADVANCE, chunk) for chunk in range(count))
             return
-        for action in self.schedule.plan(count):
+        for action in self.schedule.actions(count):
             if action.kind is Kind.REVERSE and end:
                 slot, end = self.schedule.num_slots(count), False
                 yield Action(Kind.STORE, count - 1, slot)
