@@ -18,6 +18,7 @@ from tests.toy_models import AllKinds, GatedRecurrence
 
 every_model = pytest.mark.parametrize("build", [build for _, build in CASES], ids=[name for name, _ in CASES])
 SCHEDULES = [None, sg.Rebuild(), sg.Keep(), sg.Every(4), sg.Binomial(3)]
+TAPES = [sg.Rebuild(tape=3), sg.Rebuild(tape=1000), sg.Keep(tape=2), sg.Every(4, tape=5), sg.Binomial(3, tape=2)]
 STORES = ["device", "host", "disk"]
 
 
@@ -30,6 +31,16 @@ def short(value: object) -> str:
 @pytest.mark.parametrize("chunk", [1, 7, 64, LENGTH - 2, LENGTH - 1, LENGTH, LENGTH + 5])
 def test_chunked_equals_plain(build: Callable[[], Built], chunk: int, schedule: sg.Schedule) -> None:
     contract.check(build, chunk=chunk, schedule=schedule)
+
+
+@every_model
+@pytest.mark.parametrize(
+    ("way", "schedule"),
+    [*((way, TAPES[0]) for way in contract.WAYS), ("loss", TAPES[1]), *(("backward", one) for one in TAPES[1:])],
+    ids=short,
+)
+def test_with_a_tape(build: Callable[[], Built], way: str, schedule: sg.Schedule) -> None:
+    contract.check(build, chunk=16, schedule=schedule, way=way, from_state=way == "loss")
 
 
 @every_model
@@ -70,7 +81,7 @@ def test_evaluate_gives_the_plain_loss_and_state(build: Callable[[], Built]) -> 
 
 
 @every_model
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=short)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, *TAPES[:2]], ids=short)
 def test_carried_state_and_its_gradient(build: Callable[[], Built], schedule: sg.Schedule | None) -> None:
     contract.check_carried(build, cuts=[58], chunks=[8, 11], schedule=schedule)
 
@@ -101,7 +112,7 @@ def test_a_later_input_never_moves_an_earlier_output(build: Callable[[], Built],
 
 
 @pytest.mark.parametrize("way", contract.WAYS)
-@pytest.mark.parametrize("schedule", SCHEDULES[1:], ids=short)
+@pytest.mark.parametrize("schedule", [*SCHEDULES[1:], TAPES[0]], ids=short)
 @pytest.mark.parametrize("model_type", [GatedRecurrence, AllKinds])
 def test_draws_are_replayed(model_type: type[torch.nn.Module], schedule: sg.Schedule, way: str) -> None:
     contract.check_draws(model_type().double(), tokens(), chunk=10, schedule=schedule, way=way)

@@ -7,6 +7,8 @@ come through the very spans of the first sweep, as all states must that are comp
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import tracemalloc
 from collections.abc import Iterable
@@ -25,6 +27,7 @@ from slimgrad.sweep.schedules.base import Kind
 schedules = st.one_of(
     st.just(Rebuild()), st.just(Keep()), st.builds(Every, st.integers(1, 6)), st.builds(Binomial, st.integers(1, 4))
 )
+taped_schedules = st.builds(dataclasses.replace, schedules, tape=st.integers(1, 12))
 cuts = st.builds(Cut, st.integers(1, 330), st.integers(1, 140)).filter(lambda cut: len(cut) <= 25)
 failures = st.sets(st.integers(0, 120), max_size=8)  # the attempts that fail, by number
 
@@ -47,6 +50,7 @@ class Machine:
         self.most_slots = 0
         self.first: list[Span] = []  # the spans that the first sweep went through, and those reversed without it
         self.reversed: list[Span] = []
+        self.taped: list[Span] = []  # whose graphs are kept
         self.moves: list[Move] = []
 
     def do(self, move: Move) -> None:
@@ -54,7 +58,8 @@ class Machine:
         getattr(self, move.kind.name.lower())(move)
 
     def fail(self, move: Move) -> None:
-        """A chunk that is reversed from the state after it may have rolled back before it failed."""
+        """A chunk that is reversed from the state after it may have rolled back before it failed. No graph is kept."""
+        self.taped.clear()
         if self.sum.position == move.span.stop:
             self.sum = Leaf(move.span.start, self.sum.exact)
 
@@ -80,6 +85,10 @@ class Machine:
         assert self.sum.position == self.tensor.position == move.span.start
         self.sum = self.tensor = Leaf(move.span.stop, self.bits(move, self.sum.exact and self.tensor.exact))
 
+    def tape(self, move: Move) -> None:
+        self.advance(move)
+        self.taped.append(move.span)
+
     def retrace(self, move: Move) -> None:
         assert move.span in self.first
         self.find(move)
@@ -87,10 +96,14 @@ class Machine:
 
     def reverse(self, move: Move) -> None:
         assert move.span.stop == (self.reversed[-1].start if self.reversed else self.plan.cut.length)
+        self.reversed.append(move.span)
+        if self.taped:  # from its graph: the state may stand anywhere
+            assert self.taped.pop() == move.span
+            self.sum = self.tensor = Leaf(-1)
+            return
         self.find(move)
         self.bits(move, self.tensor.exact)
         self.sum = Leaf(move.span.start, self.sum.exact)
-        self.reversed.append(move.span)
 
     def find(self, move: Move) -> None:
         """The tensor stands before the chunk; the sum there too, or after it where the schedule rolls back."""
@@ -127,7 +140,7 @@ def carry_out(machine: Machine, failing: Iterable[int] = (), attempt: int = 0) -
     plan, failed, failing = machine.plan, 0, set(failing)
     while (move := plan.next()) is not None:
         assert attempt < 4000, "no end"
-        if attempt in failing and move.kind in (Kind.ADVANCE, Kind.REVERSE) and plan.split():
+        if attempt in failing and move.kind in (Kind.ADVANCE, Kind.TAPE, Kind.REVERSE) and plan.split():
             machine.fail(move)
             failed += 1
         else:
@@ -297,6 +310,47 @@ def test_neither_a_retrace_nor_a_move_is_split() -> None:
         machine.do(move)
         plan.done()
     assert refused == {Kind.RETRACE}
+    machine.require_done()
+
+
+# --- a tape at the end ---
+
+
+@settings(max_examples=150)
+@given(taped_schedules, cuts, st.booleans(), failures)
+def test_a_tape_that_fails_anywhere(schedule: Schedule, cut: Cut, to_end: bool, failing: set[int]) -> None:
+    machine = Machine(Moves(cut, schedule, to_end=to_end))
+    failed = carry_out(machine, failing)
+    machine.require_done()
+    if not failed:
+        on_tape = [move.span for move in machine.moves if move.kind is Kind.TAPE]
+        assert on_tape == [*cut][-schedule.tape :]
+        assert machine.most_slots <= machine.plan.num_slots
+        run = [move for move in machine.moves if move.kind in (Kind.ADVANCE, Kind.TAPE)]
+        before = len(cut) - len(on_tape)
+        assert len(run) == len(on_tape) + (schedule.num_advances(before) + 1 if before else 0)
+
+
+@settings(max_examples=60)
+@given(taped_schedules, cuts.filter(lambda cut: len(cut) <= 8), st.booleans(), failures)
+def test_graphs_are_no_part_of_what_is_saved(schedule: Schedule, cut: Cut, to_end: bool, failing: set[int]) -> None:
+    """From wherever it was saved, the chunks of the tape are run again, and everything ends as it should."""
+    machine, attempt = Machine(Moves(cut, schedule, to_end=to_end)), 0
+    while (move := machine.plan.next()) is not None:
+        text = json.dumps(machine.plan.state())
+        other = copy.copy(machine)
+        other.slots, other.first, other.reversed = dict(machine.slots), [*machine.first], [*machine.reversed]
+        other.taped, other.moves, other.plan = [], [], Moves(cut, schedule, to_end=to_end)
+        other.plan.load_state(json.loads(text))
+        assert json.dumps(other.plan.state()) == text
+        carry_out(other)
+        other.require_done()
+        if attempt in failing and move.kind in (Kind.ADVANCE, Kind.TAPE, Kind.REVERSE) and machine.plan.split():
+            machine.fail(move)
+        else:
+            machine.do(move)
+            machine.plan.done()
+        attempt += 1
     machine.require_done()
 
 

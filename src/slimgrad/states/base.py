@@ -20,9 +20,10 @@ To add a kind: subclass both, and give `State.carrier`. Nothing else knows which
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class Purpose(Enum):
     FORWARD = auto()  # the first time, for the state after it
     AGAIN = auto()  # once more, from a kept state
     REVERSE = auto()  # with its graph, for its gradient
+    TAPE = auto()  # the first time, with its graph, for its gradient later
     RETRACE = auto()  # without a graph, to stand before it
 
 
@@ -125,27 +127,33 @@ class Carrier(ABC):
         span: of the chunk that was bound last.
         purpose: what it is run for.
         finer: it is a part of a chunk that went forward in one piece: other shapes give other bits.
+        from_tape: the chunk was run with its graph in the first sweep, and is reversed from it now.
         in_backward: a call of the model now is activation checkpointing, running the chunk again.
         is_intact: nothing that the chunk's backward pass has come to is in the adjoint yet.
     """
+
+    of_chunk: ClassVar[Sequence[str] | None] = None
+    """Further attributes that belong to the chunk that was bound last, and that its graph may ask for on its way back.
+
+    Put aside while the graph is on a tape, and taken up again. None: this kind cannot be put on a tape."""
 
     def __init__(self, setting: Setting) -> None:
         self.index, self.name = setting.index, setting.name
         self.position = 0
         self.span = Span(0, 0)
         self.purpose, self.finer = Purpose.FORWARD, False
-        self.in_backward, self.is_intact = False, True
+        self.in_backward, self.is_intact, self.from_tape = False, True, False
         self._adjoint: Tensor | None = None
 
     @property
     def reverses(self) -> bool:
         """Whether the chunk is run for its gradient."""
-        return self.purpose is Purpose.REVERSE
+        return self.purpose in (Purpose.REVERSE, Purpose.TAPE)
 
     def bind(self, span: Span, purpose: Purpose, *, finer: bool = False) -> Any:
         """The leaf to hand to the model, for a chunk."""
         self.span, self.purpose, self.finer = span, purpose, finer
-        self.in_backward, self.is_intact = False, True
+        self.in_backward, self.is_intact, self.from_tape = False, True, False
         assert self.position == span.start or (self.rolls_back and self.position == span.stop)
         return self._bind()
 
@@ -192,8 +200,20 @@ class Carrier(ABC):
 
     def settle(self) -> None:
         """The chunk is over: forget its graph, and stand after it (reversed: before it, with that adjoint)."""
-        self.position = self.span.start if self.purpose in (Purpose.REVERSE, Purpose.RETRACE) else self.span.stop
+        back = self.purpose in (Purpose.REVERSE, Purpose.RETRACE) or self.from_tape
+        self.position = self.span.start if back else self.span.stop
         self._settle()
+
+    def put_aside(self) -> dict[str, Any]:
+        """The chunk's graph is kept: stand after it, and hand out what belongs to the chunk."""
+        aside = {name: getattr(self, name) for name in ("span", "purpose", *(self.of_chunk or ()))}
+        self.settle()
+        return aside
+
+    def take_up(self, aside: dict[str, Any]) -> None:
+        """The chunk that was put aside is reversed next, from its graph."""
+        vars(self).update(aside)
+        self.position, self.finer, self.is_intact, self.from_tape = self.span.stop, False, True, True
 
     @abstractmethod
     def _settle(self) -> None: ...

@@ -123,6 +123,8 @@ class RowsCarrier(Carrier):
     The buffers lie where the schedule says. One that is not on the model's device is copied to it chunk by chunk.
     """
 
+    of_chunk = ("length", "_bound", "_following", "_rows", "_bits", "_edge", "_anchor")
+
     def __init__(self, setting: Setting, initial: Growing) -> None:
         super().__init__(setting)
         self._rolls_back, self._growth, self._store = setting.rolls_back, setting.growth, setting.rows
@@ -247,7 +249,7 @@ class RowsCarrier(Carrier):
     def rewind(self) -> None:
         if self._bound is not None:
             self.position, self._length = self.span.start, self.length
-            if self.purpose is Purpose.FORWARD:
+            if self.purpose in (Purpose.FORWARD, Purpose.TAPE) and not self.from_tape:
                 self._written = self._length
         self._forget()
 

@@ -128,6 +128,8 @@ class _Kept(NamedTuple):
 class SumCarrier(Carrier):
     """Carries a `PrefixSum` in an exact accumulator."""
 
+    of_chunk = ("_goes_back", "_bound", "_following", "_before", "_after", "_edge")
+
     def __init__(self, setting: Setting, initial: PrefixSum) -> None:
         super().__init__(setting)
         try:
@@ -141,6 +143,7 @@ class SumCarrier(Carrier):
         self._bound: PrefixSum | None = None
         self._following: PrefixSum | None = None
         self._before: Tensor | None = None
+        self._after: Tensor | None = None  # for a chunk on a tape, when the sum has moved on
         self._edge: tuple[GradientEdge, torch.dtype] | None = None
         self._kept_scales: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # alive while a copy needs them
 
@@ -187,8 +190,16 @@ class SumCarrier(Carrier):
             raise ModelError(f"state {self.name}: the value of a state was read when its sweep was over")
         accumulator = self.accumulator
         try:
+            if self.from_tape:
+                if self._after is None:
+                    raise ModelError(
+                        f"state {self.name}: its value was read in the backward pass of {self.span}, and not before; "
+                        "expected the same reads when activation checkpointing runs a part again"
+                    )
+                return self._before, self._after
             if not self._goes_back:
-                return self._before, accumulator.value()
+                self._after = accumulator.value()
+                return self._before, self._after
             accumulator.add(delta)
             after = accumulator.value()
             accumulator.undo()
@@ -234,7 +245,7 @@ class SumCarrier(Carrier):
 
     def _step_back(self) -> None:
         """Stand before the chunk, if it was run from there."""
-        if self._before is not None and not self._goes_back:
+        if self._before is not None and not self._goes_back and not self.from_tape:
             self.accumulator.undo()
             self.accumulator.done(log=False)
             self._goes_back = True
@@ -255,8 +266,9 @@ class SumCarrier(Carrier):
                 self._adjoint = of_before if self._adjoint is None else self._adjoint + of_before
             if self.position == self.span.start:
                 self._step_back()
-            else:
-                self.accumulator.done(log=self._rolls_back and self.purpose is Purpose.FORWARD)
+            elif not self.from_tape:
+                again = self.purpose is Purpose.AGAIN and not self.finer  # a chunk that was on a tape before
+                self.accumulator.done(log=self._rolls_back and (again or self.purpose is Purpose.FORWARD))
         self._forget()
 
     def rewind(self) -> None:
@@ -266,7 +278,7 @@ class SumCarrier(Carrier):
         self._forget()
 
     def _forget(self) -> None:
-        self._bound = self._following = self._before = self._edge = None
+        self._bound = self._following = self._before = self._after = self._edge = None
 
     def keep(self, store: Store, *, whole: bool) -> _Kept | None:
         if self._rolls_back and not whole:

@@ -32,6 +32,8 @@ class Kept:
 class TensorCarrier(Carrier):
     """Carries a plain tensor."""
 
+    of_chunk = ("_version", "_leaf", "_returned")
+
     def __init__(self, setting: Setting, initial: Tensor) -> None:
         super().__init__(setting)
         self.value = initial.detach().clone(memory_format=torch.contiguous_format)  # a model may write to it
@@ -79,10 +81,13 @@ class TensorCarrier(Carrier):
     def _settle(self) -> None:
         assert self._leaf is not None
         assert self._returned is not None
-        if self.reverses:
-            self._adjoint, self._leaf.grad = self._leaf.grad, None
-        elif self.position == self.span.stop:
+        if self.position == self.span.start:
+            if self.reverses:
+                self._adjoint, self._leaf.grad = self._leaf.grad, None
+        elif not self.reverses:
             self.value = self._returned
+        elif self._returned is not self._leaf:  # on a tape
+            self.value = _own(self._returned)
         self._leaf = self._returned = None
 
     def rewind(self) -> None:

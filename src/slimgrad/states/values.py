@@ -19,6 +19,8 @@ from slimgrad.sweep.store import Store
 class ValueCarrier(Carrier):
     """Carries a Python value."""
 
+    of_chunk = ()
+
     def __init__(self, setting: Setting, initial: Any) -> None:
         super().__init__(setting)
         if not is_plain_value(initial):

@@ -7,13 +7,18 @@ A chunk that does not fit into memory is taken in parts. Where it fails in the f
 there for good: both sweeps see the parts, and bits are compared as ever. Where a chunk went forward in one piece and
 fails in the reverse sweep, its parts have other shapes than it had, and so other bits: see `Move.finer`. So has
 whatever is made of one that is advanced again in parts, until a state that was kept in the first sweep is loaded.
+
+A tape (`Schedule.tape`) is a stretch of chunks at the end, which are run once, their graphs kept, and reversed from
+these. Before it begins the whole state is kept, and put back when it is used up: nothing of it is rolled back. Graphs
+are no part of the value: from a saved position, its chunks are run once more. Where it does not fit into memory, they
+are scheduled like all others.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -30,7 +35,7 @@ class Move(NamedTuple):
         kind: what to do. REVERSE may find the state before the span, or after it where it can go back.
         span: with which chunk, or part of one.
         slot: of kept states. Those of parts are below -1, by their position.
-        finer: it is a part of a chunk that went forward whole. Its bits are not compared, and whole states are kept.
+        finer: it is a part of a chunk that went forward whole. Its bits are not compared. STORE: whole states are kept.
     """
 
     kind: Kind
@@ -56,19 +61,38 @@ class Moves:
         self.again_in_parts = False  # whether chunks that are advanced again are taken in parts: with other bits
         self._edges: list[int] = []  # where the first sweep cut within chunks
         self._turned = False  # whether the reverse sweep has begun
+        self._taped: list[Span] = []  # of which graphs are kept
         self._taken = 0
         self._actions = self._all_actions()
         self._coming: deque[Move] = deque()
 
     @property
+    def num_slots(self) -> int:
+        """How many slots are used at most, but for those of parts."""
+        if self.schedule is None:
+            return 0
+        return self._tape_slot + 1 if self._tape else self.schedule.num_slots(len(self.cut))
+
+    @property
+    def _tape(self) -> int:
+        """How many chunks are on the tape."""
+        return 0 if self.schedule is None else min(self.schedule.tape, len(self.cut))
+
+    @property
+    def _tape_slot(self) -> int:
+        """Where the state before the tape is kept: beyond the slots of what comes before it."""
+        swept = len(self.cut) - self._tape
+        return self.schedule.num_slots(swept) + 1 if self.schedule is not None and swept else 0
+
+    @property
     def is_forward(self) -> bool:
         """Whether the next action belongs to the first sweep."""
-        self._look(1)
+        self._look_at_first()
         return not self._turned and bool(self._coming) and self._coming[0].kind is not Kind.REVERSE
 
     def next(self) -> Move | None:
         """The next action; it stays the next one until it is `done`."""
-        self._look(1)
+        self._look_at_first()
         while self._coming:
             self._turned = self._turned or self._coming[0].kind is Kind.REVERSE
             parts = self._in_parts(self._coming[0])
@@ -85,12 +109,22 @@ class Moves:
     def done(self) -> None:
         """The next action has been carried out."""
         move = self._coming.popleft()
-        if move.kind in (Kind.ADVANCE, Kind.REVERSE):
+        if move.kind in (Kind.ADVANCE, Kind.TAPE, Kind.REVERSE):
             self.reached = max(self.reached, move.span.stop)
+        if move.kind is Kind.TAPE:
+            self._taped.append(move.span)
+        elif self._is_taped(move):
+            self._taped.pop()
+
+    def _is_taped(self, move: Move) -> bool:
+        return move.kind is Kind.REVERSE and bool(self._taped) and self._taped[-1] == move.span
 
     def split(self) -> bool:
         """Take the next action, which did not fit into memory, in two parts. False where it cannot be."""
         move = self._coming[0]
+        if move.kind is Kind.TAPE or self._is_taped(move):
+            self._leave_tape()
+            return True
         length = move.span.stop - move.span.start
         is_again = move.kind is Kind.ADVANCE and move.span.stop <= self.reached
         if length < 2 * FLOOR or move.kind is Kind.RETRACE:
@@ -110,7 +144,7 @@ class Moves:
         """Where it stands."""
         return {
             "taken": self._taken,
-            "coming": [[int(s.kind), *s.span, s.slot, s.finer] for s in self._coming],
+            "coming": [[int(s.kind), *s.span, s.slot, s.finer] for s in (*self._tape_again(), *self._coming)],
             "edges": list(self._edges),
             "turned": self._turned,
             "reached": self.reached,
@@ -124,31 +158,79 @@ class Moves:
         self._taken, self._edges, self._turned = state["taken"], list(state["edges"]), state["turned"]
         self.reached, self.parts, self.draws = state["reached"], state["parts"], state["draws"]
         self.again_in_parts = state["again in parts"]
+        self._taped = []
         self._actions = self._all_actions()
         for _ in range(self._taken):
             next(self._actions)
         self._coming = deque(Move(Kind(k), Span(start, stop), slot, f) for k, start, stop, slot, f in state["coming"])
 
     def _all_actions(self) -> Iterator[Action]:
-        count, end = len(self.cut), self.to_end
+        count, swept = len(self.cut), len(self.cut) - self._tape
         if self.schedule is None:
-            yield from (Action(Kind.ADVANCE, chunk) for chunk in range(count))
-            return
-        for action in self.schedule.actions(count):
-            if action.kind is Kind.REVERSE and end:
-                slot, end = self.schedule.num_slots(count), False
-                yield Action(Kind.STORE, count - 1, slot)
-                yield Action(Kind.ADVANCE, count - 1)
-                yield Action(Kind.LOAD, count - 1, slot)
-                yield action
-                yield Action(Kind.FREE, count - 1, slot)
+            return (Action(Kind.ADVANCE, chunk) for chunk in range(count))
+        if not self._tape:
+            return self._scheduled(self.schedule, 0, count, 0, to_end=self.to_end)
+        if not swept:
+            return self._taping(0, count)
+        return self._scheduled(self.schedule, 0, swept, 0, to_end=True, then=self._taping(swept, count))
+
+    @staticmethod
+    def _scheduled(
+        schedule: Schedule, first: int, count: int, slot: int, *, to_end: bool, then: Iterable[Action] = ()
+    ) -> Iterator[Action]:
+        """A schedule's actions over chunks from `first` on, in slots from `slot` on; `then`: between its two sweeps."""
+        for action in schedule.actions(count):
+            kind, chunk, own, whole = action
+            moved = Action(kind, first + chunk, slot + own, whole)
+            if kind is Kind.REVERSE and to_end:
+                last, beyond, to_end = first + count - 1, slot + schedule.num_slots(count), False
+                yield Action(Kind.STORE, last, beyond)
+                yield Action(Kind.ADVANCE, last)
+                yield from then
+                yield Action(Kind.LOAD, last, beyond)
+                yield moved
+                yield Action(Kind.FREE, last, beyond)
             else:
-                yield action
+                yield moved
+
+    def _taping(self, first: int, count: int) -> Iterator[Action]:
+        yield Action(Kind.STORE, first, self._tape_slot, whole=True)
+        yield from (Action(Kind.TAPE, chunk) for chunk in range(first, count))
+        yield from (Action(Kind.REVERSE, chunk) for chunk in range(count - 1, first - 1, -1))
+        yield Action(Kind.LOAD, first, self._tape_slot)
+        yield Action(Kind.FREE, first, self._tape_slot)
+
+    def _tape_again(self) -> list[Move]:
+        """What brings back the graphs that are kept now."""
+        if not self._taped:
+            return []
+        return [Move(Kind.LOAD, self._taped[0], self._tape_slot), *(Move(Kind.TAPE, span) for span in self._taped)]
+
+    def _leave_tape(self) -> None:
+        """Schedule the chunks on the tape that are not reversed yet like all others, from the state before them."""
+        assert self.schedule is not None
+        count, taped, slot = 0, bool(self._taped), self._tape_slot
+        while (self._coming[0].kind, self._coming[0].slot) != (Kind.LOAD, slot):
+            count += self._coming.popleft().kind is Kind.REVERSE  # each is reversed once
+            self._look(1)
+        self._taped, first = [], len(self.cut) - self._tape
+        to_end = self.to_end and not self._turned
+        again = self._scheduled(self.schedule, first, count, slot + 1, to_end=to_end)
+        moves = [self._move(action) for action in again]
+        self._coming.extendleft(reversed([self._coming[0], *moves] if taped else moves))
 
     def _look(self, count: int) -> None:
         while len(self._coming) < count and (action := next(self._actions, None)) is not None:
             self._taken += 1
-            self._coming.append(Move(action.kind, self.cut[action.chunk], action.slot))
+            self._coming.append(self._move(action))
+
+    def _look_at_first(self) -> None:
+        self._look(1)
+        if self.parts > 1 and self._coming and self._coming[0].kind is Kind.TAPE:  # memory is short
+            self._leave_tape()
+
+    def _move(self, action: Action) -> Move:
+        return Move(action.kind, self.cut[action.chunk], action.slot, finer=action.whole)
 
     def _put_first(self, moves: list[Move]) -> None:
         self._coming.popleft()

@@ -53,15 +53,15 @@ class Progress:
         schedule, count = moves.schedule, len(moves.cut)
         leaves, self.spec = tree.flatten(initial_state)
         self.skeleton = tree.skeleton(self.spec)
-        # slots of the moves, one for the end, and those that parts of chunks take
-        self.store = Store(
-            "device" if schedule is None else schedule.store, 0 if schedule is None else schedule.num_slots(count)
-        )
+        # beside these slots there are one for the end, and those that parts of chunks take
+        self.store = Store("device" if schedule is None else schedule.store, moves.num_slots)
         self.rows = Store("device" if schedule is None else schedule.rows)
         self.carriers: list[Carrier] = [
             carrier_for(leaf, Setting(index, name, schedule is not None and schedule.rolls_back, count, self.rows))
             for index, (leaf, name) in enumerate(zip(leaves, tree.paths(initial_state), strict=True))
         ]
+        if schedule is not None and schedule.tape:
+            refuse_untapeable(self.carriers)
         self.slots: dict[int, tuple[int, bool, list[Any]]] = {}  # position, same_bits, and a token for each leaf
         self.same_bits = True  # the live state is the first sweep's in every bit, not one of finer moves
         self.witness = Witness()
@@ -160,6 +160,15 @@ class Progress:
         for carrier in self.carriers:
             carrier.settle()
             carrier.in_backward = False
+
+    def put_aside(self) -> list[dict[str, Any]]:
+        """The chunk's graph stays on a tape: stand after it. Returns what `take_up` wants."""
+        return [carrier.put_aside() for carrier in self.carriers]
+
+    def take_up(self, aside: Sequence[dict[str, Any]]) -> None:
+        """A chunk's graph comes from the tape: it is as if it had just been run."""
+        for carrier, own in zip(self.carriers, aside, strict=True):
+            carrier.take_up(own)
 
     def rewind(self, move: Move) -> None:
         """The move failed: it is as if it had not been tried."""
@@ -267,6 +276,16 @@ class Progress:
     def _packed(self, state: tree.Tree) -> list[Any]:
         leaves = tree.flatten_like(state, self.skeleton)
         return [packed_value(carrier.name, leaf) for carrier, leaf in zip(self.carriers, leaves, strict=True)]
+
+
+def refuse_untapeable(carriers: Sequence[Carrier]) -> None:
+    """Raise if a kind of state does not say what its chunks' graphs need of it."""
+    for carrier in carriers:
+        if carrier.of_chunk is None:
+            raise SweepError(
+                f"state {carrier.name}: {type(carrier).__name__} cannot be put on a tape: expected it to name the "
+                "attributes that belong to one chunk (Carrier.of_chunk). Name them, or use a schedule with tape=0"
+            )
 
 
 def _each(function: Callable[[Any], Any], token: Any) -> Any:

@@ -15,8 +15,9 @@ kept states, one adjoint, the gathered gradients, and 16 bytes per chunk and sta
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,14 @@ logger = logging.getLogger("slimgrad")
 Cotangents = Callable[[Span], Sequence[Tensor | None]]
 
 
+class _Taped(NamedTuple):
+    """A chunk whose graph is kept: what was read, what came of it, and what each leaf of the state had of it."""
+
+    piece: Piece
+    result: ChunkResult
+    aside: list[dict[str, Any]]
+
+
 class Run:
     """One sequence, swept forward once and back once.
 
@@ -52,6 +61,7 @@ class Run:
         refuse_nesting()
         self.progress = progress
         self._program, self._on_chunk, self._differentiates = program, on_chunk, differentiates
+        self._tape: dict[Span, _Taped] = {}
         self._keeps_graphs = False  # of the first sweep's chunks: the model differentiates on its way
         self._in_backward = self._is_over = False  # how far the chunk at hand has come
 
@@ -73,6 +83,7 @@ class Run:
                 while progress.moves.is_forward:
                     self._go_on(head, _no_cotangents)
         except BaseException:
+            self._tape.clear()
             progress.close()
             raise
         progress.phase = "swept"
@@ -96,6 +107,7 @@ class Run:
                     self._go_on(False, cotangents)
             return progress.adjoint()
         finally:
+            self._tape.clear()
             progress.close()
 
     def _enter(self, phase: str, *, after: str) -> None:
@@ -110,14 +122,17 @@ class Run:
         """Carry out the next move. Where it does not fit into memory, finer ones take its place."""
         progress, move = self.progress, self.progress.moves.next()
         assert move is not None
-        failure, result, wanted_graph = "", None, False
+        failure, result, wanted_graph, from_tape = "", None, False, move.span in self._tape
         self._in_backward = self._is_over = False
         try:
             if move.kind in (Kind.STORE, Kind.LOAD, Kind.FREE):
                 progress.use_slot(move)
             else:
                 progress.fetch_ahead()
-                result = self._reverse(move, cotangents) if move.kind is Kind.REVERSE else self._advance(move, head)
+                if move.kind is Kind.REVERSE:
+                    result = self._reverse(move, cotangents)
+                else:
+                    result = self._put_on_tape(move) if move.kind is Kind.TAPE else self._advance(move, head)
         except Exception as error:
             wanted_graph = move.kind is not Kind.REVERSE and not self._keeps_graphs and wants_graph(error)
             if not (wanted_graph or is_allocation_failure(error)):
@@ -125,17 +140,19 @@ class Run:
             failure = f"{type(error).__name__}: {error}"
         # what follows waits for the end of the except block: its traceback holds the chunk's tensors
         if failure:
+            if move.kind is Kind.TAPE or from_tape:
+                self._tape.clear()
             progress.rewind(move)
             release(self._program.device)
             self._keeps_graphs = self._keeps_graphs or wanted_graph
             if not wanted_graph:
-                self._split(move, failure)
+                self._split(move, failure, from_tape=from_tape)
             return
         progress.moves.done()
         if result is not None:
             self._tell(move, result)
 
-    def _split(self, move: Move, failure: str) -> None:
+    def _split(self, move: Move, failure: str, *, from_tape: bool) -> None:
         span, moves = move.span, self.progress.moves
         where = f"{span} did not fit into memory ({failure.splitlines()[0]})"
         if self._is_over:
@@ -143,7 +160,8 @@ class Run:
                 f"{where}, when it had been run and what came of it was put in its place. Every .grad is as it was "
                 "before the call. Use a smaller chunk=, or free some memory"
             )
-        if moves.draws and move.kind in (Kind.ADVANCE, Kind.REVERSE) and not move.finer and span.stop <= moves.reached:
+        seen_whole = move.kind in (Kind.ADVANCE, Kind.REVERSE) and not move.finer and span.stop <= moves.reached
+        if moves.draws and seen_whole and not from_tape:
             raise SweepError(
                 f"{where} in the reverse sweep, and cannot be taken in parts: the model draws random numbers "
                 "(dropout), and would draw others for other shapes. Use a smaller chunk=, or turn dropout off"
@@ -156,11 +174,12 @@ class Run:
                 "from other chunks' now. Every .grad is as it was before the call. Use a smaller chunk=, or save a "
                 "slimgrad.Segment on the way, which goes on from there by itself"
             )
-        if move.kind not in (Kind.ADVANCE, Kind.REVERSE) or not moves.split():
+        if move.kind not in (Kind.ADVANCE, Kind.TAPE, Kind.REVERSE) or not moves.split():
             raise MemoryLimitError(
                 f"{where}, and cannot be taken in smaller parts. Use a smaller chunk=, or free some memory"
             )
-        logger.warning("%s: taken in parts from here on", where)
+        then = "going on without a tape" if move.kind is Kind.TAPE or from_tape else "taken in parts from here on"
+        logger.warning("%s: %s", where, then)
 
     def _advance(self, move: Move, head: bool) -> ChunkResult:
         """Run a chunk for a state alone (and its outputs): the one after it, or, retraced, the one before."""
@@ -170,14 +189,16 @@ class Run:
         graph = graphless() if self._differentiates and not self._keeps_graphs else nullcontext()
         head = head and is_first
         piece = self._program.read(span, head=head)
-        with inside_chunk(), self._program.chunk_context(span.start):
-            drawn = self._program.draws() if is_first and self._differentiates and not progress.moves.draws else []
-            # Gradients are on as in the reverse sweep, though nobody asks for them here: torch chooses some kernels by
-            # it (matmul folds or batches, recurrent layers have a kernel for inference), with other bits
-            with torch.set_grad_enabled(self._differentiates), graph:
-                result = self._run(move, purpose, piece, head)
-            if drawn and drawn != self._program.draws():
-                progress.moves.draws = True
+        # Gradients are on as in the reverse sweep, though nobody asks for them here: torch chooses some kernels by it
+        # (matmul folds or batches, recurrent layers have a kernel for inference), with other bits
+        with (
+            inside_chunk(),
+            self._program.chunk_context(span.start),
+            torch.set_grad_enabled(self._differentiates),
+            graph,
+            self._noting_draws(is_first=is_first),
+        ):
+            result = self._run(move, purpose, piece, head)
         progress.compare(move, piece.read, result.outputs, bits=self._differentiates)
         self._is_over = True
         progress.settle(piece.leaves)
@@ -188,14 +209,50 @@ class Run:
             self._program.collect(piece, result, "forward")
         return result
 
+    @contextmanager
+    def _noting_draws(self, *, is_first: bool) -> Generator[None]:
+        """Note whether the model draws random numbers: in parts of a chunk it would draw others."""
+        wanted = is_first and self._differentiates and not self.progress.moves.draws
+        before = self._program.draws() if wanted else []
+        yield
+        if wanted and before != self._program.draws():
+            self.progress.moves.draws = True
+
+    def _put_on_tape(self, move: Move) -> ChunkResult:
+        """Run a chunk with its head, and keep its graph for its reversal."""
+        progress, span = self.progress, move.span
+        is_first = span.stop > progress.moves.reached
+        piece = self._program.read(span, head=True)
+        with (
+            inside_chunk(),
+            self._program.chunk_context(span.start),
+            torch.enable_grad(),
+            self._noting_draws(is_first=is_first),
+        ):
+            result = self._run(move, Purpose.TAPE, piece, True)
+        progress.compare(move, piece.read, result.outputs)
+        self._is_over = True
+        if span.stop == progress.moves.cut.length:
+            progress.end()
+        self._tape[span] = _Taped(piece, result, progress.put_aside())
+        if is_first:
+            self._program.collect(piece, result, "forward")
+        return result
+
     def _reverse(self, move: Move, cotangents: Cotangents) -> ChunkResult:
         """One chunk of Algorithm 1: before -> step -> after -> Phi -> gradients, and the adjoint before."""
         progress, span = self.progress, move.span
-        piece = self._program.read(span, head=True)
+        taped = self._tape.pop(span, None)
+        piece = self._program.read(span, head=True) if taped is None else taped.piece
         with inside_chunk(), self._program.chunk_context(span.start):
-            with torch.enable_grad():
-                result = self._run(move, Purpose.REVERSE, piece, True)
-            progress.compare(move, piece.read, result.outputs)
+            if taped is not None:
+                result = taped.result
+                progress.take_up(taped.aside)
+                taped = None
+            else:
+                with torch.enable_grad():
+                    result = self._run(move, Purpose.REVERSE, piece, True)
+                progress.compare(move, piece.read, result.outputs)
             if span.stop == progress.moves.cut.length:
                 progress.end()
                 progress.enter_final_gradient()

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from slimgrad.errors import InputError
 
@@ -34,7 +34,8 @@ class Kind(IntEnum):
     ADVANCE = 2  # take the live state through `chunk`, for the next state alone
     REVERSE = 3  # rebuild `chunk` with a graph, and backpropagate through it
     FREE = 4  # forget `slot`
-    RETRACE = 5  # from after `chunk`, or before it, to before it, without a gradient: no schedule's, see `moves`
+    TAPE = 5  # take the live state through `chunk` and keep its graph, for its REVERSE: no schedule's, see `moves`
+    RETRACE = 6  # from after `chunk`, or before it, to before it, without a gradient: no schedule's, see `moves`
 
 
 class Action(NamedTuple):
@@ -43,19 +44,25 @@ class Action(NamedTuple):
     kind: Kind
     chunk: int
     slot: int = -1
+    whole: bool = False  # STORE: keep also what could be rolled back
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
-    """The base of all schedules: where memory lies is said here, what is kept by each.
+    """The base of all schedules: where memory lies is said here, and how many graphs are kept; what states, by each.
 
     `store` is where kept states lie: "device" (beside the state), "host" (main memory), "disk" (a temporary file) or a
     `Path` (a folder for that file). `rows` says the same of the rows of `Growing`; elsewhere than on the device they
     are copied to it chunk by chunk.
+
+    `tape` is how many chunks, the last ones, keep their graphs from the first sweep to the second, where they are then
+    not run again. That takes the memory of as many graphs, and saves the time of as many forward passes. What comes
+    before the tape is scheduled as if the sequence ended there.
     """
 
     store: str | Path = "device"
     rows: str | Path = "device"
+    tape: int = 0
 
     rolls_back = False
     """Whether the state after a chunk serves as well as the one before it, for kinds of state that can go back."""
@@ -66,6 +73,8 @@ class Schedule(ABC):
                 raise InputError(
                     f"{name}={place!r}: expected 'device', 'host', 'disk', or a pathlib.Path of a folder for the file"
                 )
+        if isinstance(self.tape, bool) or not isinstance(cast(object, self.tape), int) or self.tape < 0:
+            raise InputError(f"tape={self.tape!r}: expected a whole number of chunks, 0 or more")
 
     @abstractmethod
     def actions(self, num_chunks: int) -> Iterator[Action]:

@@ -21,12 +21,13 @@ def _by_name() -> dict[str, tuple[Callable[..., Schedule], str]]:
 
 _NAMES = [f"{name}:{number.upper()}" if number else name for name, (_, number) in _by_name().items()]
 FORMS = (
-    f"{', '.join(['auto', *sorted(_NAMES, reverse=True)])}; each but auto may end in @device, @host, @disk or @FOLDER"
+    f"{', '.join(['auto', *sorted(_NAMES, reverse=True)])}; each but auto may go on with +tape:CHUNKS, and end "
+    "in @device, @host, @disk or @FOLDER"
 )
 
 
 def parse_schedule(text: str) -> Schedule | None:
-    """The schedule that a text like "every:8" or "binomial:16@disk" stands for; None for "auto".
+    """The schedule that a text like "every:8", "rebuild+tape:4" or "binomial:16@disk" stands for; None for "auto".
 
     Raises:
         InputError: no schedule is written so.
@@ -34,11 +35,14 @@ def parse_schedule(text: str) -> Schedule | None:
     if text == "auto":
         return None
     words, at, store = text.partition("@")
+    words, plus, chunks = words.partition("+tape:")
     name, _, number = words.partition(":")
     stored: dict[str, Any] = {}
     if at:
         stored["store"] = store if store in ("device", "host", "disk") else Path(store)
-    if store or not at:
+    if plus and chunks.isdecimal():
+        stored["tape"] = int(chunks)
+    if (store or not at) and (chunks.isdecimal() or not plus):
         kind, wanted = _by_name().get(name, (None, ""))
         if kind is not None and words == name and not wanted:
             return kind(**stored)
