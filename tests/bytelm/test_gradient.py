@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from slimgrad.bytelm.gradient import add_gradient, layers_computed_twice
-from slimgrad.data import Batch, copying_batches
+from slimgrad.data import Batch, Windows, copying_batches, whole
 from slimgrad.models import Performer
-from tests.bytelm.settings import TEXT, TINY_MODEL
+from tests.bytelm.settings import TEXT, TINY_MODEL, documents
 
 BATCHES = {
     "one window": Batch(TEXT[None, :101]),
     "several windows": Batch(TEXT[:300].view(3, 100)),
     "documents": Batch([TEXT[None, :67], TEXT[None, 100:113], TEXT[None, 200:202]]),
+    "read as they are used": Batch(Windows(documents(67, 113, 200).text, [3, 100], 101)),
     "copying": next(copying_batches(64, 1, batch=3, seed=0)),
 }
 MODELS = {
@@ -44,6 +45,15 @@ def test_every_method_gives_the_gradient_of_plain_backpropagation(name: str, met
     assert plain.norm() > 0
     assert loss == pytest.approx(plain_loss, rel=TOLERANCE)
     assert float((found - plain).norm() / plain.norm()) < TOLERANCE
+
+
+def test_what_is_read_as_it_is_used_has_the_bits_of_what_is_in_memory() -> None:
+    batch = BATCHES["read as they are used"]
+    model = Performer(TINY_MODEL)
+    loss, found = gradient(model, batch, "chunked")
+    in_memory, expected = gradient(model, Batch(whole(batch.sequences[0])), "chunked")
+    assert loss == in_memory
+    assert torch.equal(found, expected)
 
 
 def test_the_loss_is_the_mean_over_the_targets_that_count() -> None:

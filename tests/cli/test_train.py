@@ -7,8 +7,9 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
-from slimgrad.bytelm import Cost, TrainConfig, open_model
+from slimgrad.bytelm import Cost, TrainConfig, build_model, open_model
 from slimgrad.cli.curve import picture
 from slimgrad.cli.session import SAMPLE_BYTES
 from tests.cli.running import (
@@ -213,3 +214,37 @@ def test_a_run_that_began_with_a_model_needs_it_no_more(trained: Path, fox: Path
     (out / "config.json").write_text(text)
     succeed("train", "--resume", out)
     assert open_model(out)[1] is not None
+
+
+def test_the_whole_text_is_one_sequence(documents: Path, tmp_path: Path) -> None:
+    """Documents are one after the other; growth does not apply, though the preset has it; the number is recorded."""
+    num_bytes = sum(path.stat().st_size for path in documents.iterdir())
+    train_bytes = num_bytes - num_bytes // 10
+    shape = (*SHAPE, "--chunk", 16, "--steps", 1, "--out", tmp_path / "run")
+    result = succeed("train", documents, "--length", "all", *shape)
+    assert f"1 step, each the whole training text of {train_bytes:,} bytes as one sequence" in result.stdout
+    (row,) = rows(tmp_path / "run")
+    assert (row["length"], row["num_bytes"]) == (train_bytes, train_bytes)
+    assert {name: config(tmp_path / "run")[name] for name in ("length", "first_length")} == {
+        "length": train_bytes,
+        "first_length": 0,
+    }
+    text = b"".join(path.read_bytes() for path in sorted(documents.iterdir()))[:train_bytes]
+    model = build_model(TrainConfig.from_dict(config(tmp_path / "run")))
+    logits, _ = model(torch.frombuffer(bytearray(text), dtype=torch.uint8)[None], model.initial_state(1))
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], torch.tensor(list(text[1:])))
+    assert row["bits"] == pytest.approx(float(loss.detach()) / math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch", 2), "expected --batch 1 and --accumulate 1, got 2 and 1"),
+        (("--accumulate", 3), "expected --batch 1 and --accumulate 1, got 1 and 3"),
+        (("--windows", "documents"), "--length all: expected none with --windows documents"),
+    ],
+)
+def test_the_whole_text_once_and_no_other_way(options: tuple[object, ...], message: str, fox: Path) -> None:
+    assert message in refuse(2, "train", fox, "--length", "all", *options)
+    assert "the copying task has none" in refuse(2, "train", "copying", "--preset", "copying", "--length", "all")
+    assert run("train", fox, "--length", "every").exit_code == 2

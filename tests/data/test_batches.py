@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import slimgrad
 from slimgrad import InputError
-from slimgrad.data import Batch, Documents, Order, copying_batches, text_batches
+from slimgrad.data import Batch, Documents, Order, Windows, copying_batches, documents, text_batches, whole
 
 DATA = torch.arange(103, dtype=torch.uint8)  # every byte is its own place
 TEXT = Documents([DATA[:3], DATA[3:4], DATA[4:41], DATA[41:]])
@@ -19,7 +20,7 @@ ORDERS: tuple[Order, ...] = get_args(Order)
 
 
 def plain(batch: Batch) -> list[list[list[int]]]:
-    return [sequence.tolist() for sequence in batch.sequences]
+    return [whole(sequence).tolist() for sequence in batch.sequences]
 
 
 @given(
@@ -105,10 +106,33 @@ def test_passes_over_documents_differ() -> None:
     assert taken[:20] != taken[20:]
 
 
-def test_one_window_stays_a_view_of_the_file() -> None:
+def test_one_window_stays_a_view_of_its_document() -> None:
     for order in ORDERS:
-        batch = next(text_batches(Documents([DATA]), [103], batch=1, order=order, seed=0))
-        assert batch.sequences[0].data_ptr() == DATA.data_ptr()
+        (one,) = next(text_batches(Documents([DATA]), [103], batch=1, order=order, seed=0)).sequences
+        assert isinstance(one, torch.Tensor)
+        assert one.data_ptr() == DATA.data_ptr()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("order", ORDERS)
+def test_long_sequences_are_read_as_they_are_used(order: Order, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those that small ones would be, span by span."""
+
+    def some() -> Batch:
+        return list(text_batches(TEXT, [60] * 3, batch=batch, order=order, seed=2))[-1]
+
+    expected = some()
+    monkeypatch.setattr(documents, "AT_ONCE", 2)
+    found = some()
+    for one, tensor in zip(found.sequences, expected.sequences, strict=True):
+        assert isinstance(one, Windows)
+        assert isinstance(one, slimgrad.Reader)
+        assert isinstance(tensor, torch.Tensor)
+        assert (one.batch, one.length) == tensor.shape
+        for start, stop in ((0, 1), (1, 3), (0, one.length), (one.length - 1, one.length)):
+            assert torch.equal(one.read(start, stop), tensor[:, start:stop])
+    assert (found.shapes, found.num_bytes, found.longest) == (expected.shapes, expected.num_bytes, expected.longest)
+    assert found.num_targets == expected.num_targets
 
 
 def test_a_text_that_is_too_short_is_refused() -> None:

@@ -20,7 +20,7 @@ REAL = Path(__file__).parents[2].parent / "shared" / "data"  # copies of the off
 
 
 def contents(text: Documents) -> list[bytes]:
-    return [bytes(document.tolist()) for document in text.documents]
+    return [bytes(text.read(*span).tolist()) for span in text.spans]
 
 
 def real(name: str) -> Path:
@@ -37,19 +37,39 @@ def test_mapped_file_holds_every_byte(tmp_path: Path) -> None:
     assert bytes(data.tolist()) == path.read_bytes()
 
 
-@pytest.mark.parametrize("keep_open", [True, False])
-def test_a_read_only_file_maps(tmp_path: Path, keep_open: bool) -> None:
+def test_a_read_only_file_maps(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(b"abc")
     path.chmod(0o444)
-    assert bytes(map_file(str(path), keep_open=keep_open).tolist()) == b"abc"
+    assert bytes(map_file(str(path)).tolist()) == b"abc"
 
 
-def test_a_private_map_that_is_written_to_leaves_the_file_alone(tmp_path: Path) -> None:
+def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
     path = tmp_path / "text"
-    path.write_bytes(b"abc")
-    map_file(path, keep_open=False)[0] = 0
-    assert path.read_bytes() == b"abc"
+    path.write_bytes(b"abcdef")
+    text = load_corpus(path).text
+    path.write_bytes(b"abcd")
+    assert bytes(text.read(1, 4).tolist()) == b"bcd"
+    with pytest.raises(InputError, match=rf"{re.escape(str(path))}: expected bytes up to 6, .* ends at 4 now"):
+        text.read(1, 6)
+    path.unlink()
+    with pytest.raises(InputError, match=rf"{re.escape(str(path))}: expected a readable file, got: No such file"):
+        text.read(0, 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where /proc tells of pages")
+def test_what_is_read_of_files_is_not_resident(tmp_path: Path) -> None:
+    def mapped() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+    for name in "ab":
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(24 << 20)
+    text = load_corpus(tmp_path).text
+    before = mapped()
+    assert sum(int(piece.sum()) for piece in text.pieces(0, len(text))) == 0
+    assert mapped() - before < 4096  # KiB, of 48 MiB
 
 
 def test_missing_file_directory_and_empty_file_say_what_came(tmp_path: Path) -> None:

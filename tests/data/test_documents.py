@@ -57,8 +57,11 @@ def test_what_one_document_holds_is_not_copied() -> None:
     assert text.read(2, 10).data_ptr() == parts[0].data_ptr() + 2
     assert text.read(10, 17).data_ptr() == parts[1].data_ptr()
     before, after = text.cut(12)
-    assert [x.data_ptr() for x in before.documents] == [parts[0].data_ptr(), parts[1].data_ptr()]
-    assert after.documents[0].data_ptr() == parts[1].data_ptr() + 2
+    assert [x.data_ptr() for x in before.documents if isinstance(x, Tensor)] == [
+        parts[0].data_ptr(),
+        parts[1].data_ptr(),
+    ]
+    assert after.read(0, 5).data_ptr() == parts[1].data_ptr() + 2
 
 
 @pytest.mark.parametrize("length", [1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])

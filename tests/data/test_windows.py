@@ -8,23 +8,22 @@ import pytest
 import torch
 
 from slimgrad import InputError
-from slimgrad.data import Documents, consecutive_windows, shuffled_starts
+from slimgrad.data import Documents, consecutive_starts, shuffled_starts
 
 DATA = torch.arange(103, dtype=torch.uint8)
 TEXT = Documents([DATA[:40], DATA[40:41], DATA[41:]])
 
 
 def test_consecutive_windows_follow_each_other_across_documents() -> None:
-    windows = list(consecutive_windows(TEXT, 25))
-    assert [len(window) for window in windows] == [25] * 4
+    windows = [TEXT.read(start, start + 25) for start in consecutive_starts(len(TEXT), 25)]
     assert torch.equal(torch.cat(windows), DATA[:100])
-    assert [len(window) for window in consecutive_windows(TEXT, 103)] == [103]
+    assert list(consecutive_starts(103, 103)) == [0]
 
 
 @pytest.mark.parametrize("length", [0, 104])
 def test_windows_longer_than_the_data_or_empty_are_refused(length: int) -> None:
     with pytest.raises(InputError, match=f"length={length}: expected between 1 and the 103 bytes"):
-        consecutive_windows(TEXT, length)
+        consecutive_starts(103, length)
     with pytest.raises(InputError, match=f"length={length}: expected between 1 and the 103 bytes"):
         next(shuffled_starts(103, length, torch.Generator()))
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 from torch.utils.checkpoint import checkpoint
 
 from slimgrad.api import backward
-from slimgrad.data import Batch
+from slimgrad.data import Batch, whole
 from slimgrad.models.performer import Performer
 from slimgrad.sweep.schedules.base import Schedule
 from slimgrad.verification.reference import plain_backward
@@ -40,17 +40,16 @@ def add_gradient(
         chunk, schedule: for "chunked".
         normalizer: what the summed loss is divided by: the targets of the whole step, for their mean.
     """
-    sequences = batch.sequences
-    states = [model.initial_state(len(one)) for one in sequences]  # here, so that all methods draw the same features
+    states = [model.initial_state(size) for size, _ in batch.shapes]  # here, so that all methods draw the same features
     if method == "chunked":
         state = states if isinstance(batch.inputs, list) else states[0]
         how: dict[str, Any] = {"chunk": chunk, "schedule": schedule, "normalizer": normalizer, "state": state}
         return float(backward(model, batch.inputs, batch.targets, **how).loss)
-    targets = batch.targets if isinstance(batch.targets, list) else [batch.targets] * len(sequences)
+    targets = batch.targets if isinstance(batch.targets, list) else [batch.targets] * len(states)
     with layers_computed_twice(model) if method == "checkpoint" else nullcontext():
         return sum(
-            plain_backward(model, inputs, goal, state=state, normalizer=normalizer)
-            for inputs, goal, state in zip(sequences, targets, states, strict=True)
+            plain_backward(model, whole(inputs), goal, state=state, normalizer=normalizer)
+            for inputs, goal, state in zip(batch.sequences, targets, states, strict=True)
         )
 
 

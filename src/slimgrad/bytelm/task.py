@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from slimgrad.bytelm.config import TrainConfig
-from slimgrad.data import Batch, Corpus, Documents, consecutive_windows, copying_batches, text_batches
+from slimgrad.data import Batch, Corpus, Documents, consecutive_starts, copying_batches, text_batches
 from slimgrad.errors import InputError
 
 _COPYING_VALIDATION_BATCHES, _COPYING_BATCH = 4, 16
@@ -53,10 +53,11 @@ class _Text:
 
     def validation(self) -> Iterable[Batch]:
         """Consecutive windows of the training length (or all there is, where it is shorter), or whole documents."""
+        text = self._validation
         if self._config.windows == "documents":
-            return (Batch(document[None]) for document in self._validation.documents if len(document) > 1)
-        length = min(self._config.length, len(self._validation))
-        return (Batch(window[None]) for window in consecutive_windows(self._validation, length))
+            return (Batch(text.windows([start], stop - start)) for start, stop in text.spans if stop - start > 1)
+        length = min(self._config.length, len(text))
+        return (Batch(text.windows([start], length)) for start in consecutive_starts(len(text), length))
 
 
 class _Copying:

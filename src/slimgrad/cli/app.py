@@ -39,6 +39,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _length(word: str) -> int | str:
+    """An option's number of bytes, or "all"."""
+    try:
+        return word if word == "all" else int(word)
+    except ValueError:
+        raise typer.BadParameter(f"expected a number of bytes, or all, got {word!r}") from None
+
+
+Length = Annotated[
+    Any,
+    typer.Option(
+        parser=_length,
+        metavar="INTEGER|all",
+        help="Bytes of one training sequence; of the longest, where they grow. all: the whole training text is one.",
+    ),
+]
 Numbers = Mapping[str, Any]  # options that `knobs` makes of the configuration's fields
 RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run's folder, one of its snapshots, or a model.safetensors.")
@@ -89,7 +106,7 @@ def _root(  # pyright: ignore[reportUnusedFunction]
 @app.command()
 @with_numbers(
     dict.fromkeys((
-        "length", "chunk", "schedule", "method", "windows", "batch", "accumulate", "device", "precision",
+        "chunk", "schedule", "method", "windows", "batch", "accumulate", "device", "precision",
         "learning_rate", "steps", "eval_every", "save_every", "seed",
     ))
 )  # fmt: skip
@@ -104,6 +121,7 @@ def train(
     preset: Annotated[
         str | None, typer.Option(help="The model's shape, and numbers that suit it.", show_default="modern")
     ] = None,
+    length: Length = None,
     numbers: Numbers = MappingProxyType({}),
     settings: Settings = None,
     init: Annotated[
@@ -123,9 +141,10 @@ def train(
     with one_clear_message():
         from slimgrad.cli.training import Options, run_training
 
+        given = {**numbers, **({} if length is None else {"length": length})}
         run_training(
             Options(
-                corpus=corpus, preset=preset, numbers=numbers, settings=tuple(settings or ()), init=init,
+                corpus=corpus, preset=preset, numbers=given, settings=tuple(settings or ()), init=init,
                 resume=resume, out=out, data_dir=data_dir, tensorboard=tensorboard,
             )
         )  # fmt: skip
@@ -198,7 +217,12 @@ def finetune(
         str | None,
         typer.Option(help="Of a run: most data this process may hold, e.g. 500MB; enforced by the kernel (Linux)."),
     ] = None,
-    length: Annotated[int | None, typer.Option(help="Of a run: bytes of one training sequence.")] = None,
+    length: Annotated[
+        Any,
+        typer.Option(
+            parser=_length, metavar="INTEGER|all", help="Of a run: bytes of one training sequence; all: the whole text."
+        ),
+    ] = None,
     method: Annotated[str | None, typer.Option(help="Of a run: chunked, checkpoint or plain.")] = None,
     settings: Settings = None,
     data_dir: DataDir = None,

@@ -66,10 +66,10 @@ def _sequences(source: str, piece_bytes: int) -> tuple[Iterator[Iterable[Tensor]
             raise InputError(f"{path}: expected a file, found nothing of that name. Check the path")
         return _one_file(path, piece_bytes), path.stat().st_size
     text = load_corpus(path).text
-    documents = [document for document in text.documents if len(document) > 1]
-    if not documents:
+    spans = [(start, stop) for start, stop in text.spans if stop - start > 1]
+    if not spans:
         raise InputError(f"{path}: expected a file of at least two bytes below it, one to read and one to predict")
-    return (document.split(piece_bytes) for document in documents), sum(map(len, documents))
+    return (text.pieces(*span, piece_bytes) for span in spans), sum(stop - start for start, stop in spans)
 
 
 def _one_file(path: Path, piece_bytes: int) -> Iterator[Iterable[Tensor]]:

@@ -37,7 +37,7 @@ from slimgrad.bytelm import (
 )
 from slimgrad.cli.curve import picture, sketch, smooth
 from slimgrad.cli.words import megabytes, printable
-from slimgrad.data import Corpus
+from slimgrad.data import Corpus, Windows
 from slimgrad.runs.stopping import Interrupted, Stop
 
 SAMPLE_BYTES = 600
@@ -61,7 +61,7 @@ def describe(config: TrainConfig, corpus: Corpus | None, origin: str) -> dict[st
         "corpus": _describe_corpus(config, corpus),
         "model": f"{origin}: {shape.layers} layers, width {shape.width}, {shape.heads} heads, "
         f"{parameters / 1e6:.2f} million parameters",
-        "sequences": f"{config.steps:,} steps, {_describe_sequences(config)}",
+        "sequences": f"{config.steps:,} step{'s' if config.steps > 1 else ''}, {_describe_sequences(config, corpus)}",
         "chunk": memory,
         "schedule": reason,
         "optimiser": f"AdamW, learning rate {config.learning_rate:g} {_describe_rate(config)}, {config.precision} "
@@ -80,7 +80,7 @@ def _describe_corpus(config: TrainConfig, corpus: Corpus | None) -> str:
     )
 
 
-def _describe_sequences(config: TrainConfig) -> str:
+def _describe_sequences(config: TrainConfig, corpus: Corpus | None) -> str:
     each = config.batch * config.accumulate
     together = "" if each == 1 else f"{each} sequences a step ({config.batch} at once), "
     if config.windows == "documents":
@@ -89,6 +89,10 @@ def _describe_sequences(config: TrainConfig) -> str:
     growth = f"each of {config.length:,} bytes: "
     if lengths[0] != config.length:
         growth = f"the first of {lengths[0]:,} bytes, doubling up to {config.length:,}: "
+    elif corpus is not None and config.length == len(
+        corpus.split(validation_bytes=config.validation_bytes, window=2).train
+    ):
+        growth = f"each the whole training text of {config.length:,} bytes as one sequence: "
     return f"{together}{growth}{sum(lengths) * each / 1e6:.1f} MB in all"
 
 
@@ -191,10 +195,9 @@ class Session:
         self.console.print(f"  validation after the last step: [bold]{trained.validation_bits:.3f}[/] bits per byte")
 
     def _show_sample(self, trained: Trained) -> None:
-        batches = (batch.inputs for batch in self.task.validation())
-        first = next(batches)
-        assert isinstance(first, torch.Tensor)
-        prompt = choose_prompt(bytes(first[0, :SEARCHED_BYTES].tolist()))
+        first = next(iter(self.task.validation())).sequences[0]
+        beginning = first.read(0, min(SEARCHED_BYTES, first.length)) if isinstance(first, Windows) else first
+        prompt = choose_prompt(bytes(beginning[0, :SEARCHED_BYTES].tolist()))
         text = generate(trained.model, prompt, SAMPLE_BYTES, temperature=TEMPERATURE, seed=self.config.seed)
         self.folder.write("sample.txt", prompt + text)
         self.console.print(

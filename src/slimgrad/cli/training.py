@@ -38,6 +38,7 @@ from slimgrad.runs.folder import require_new, split_snapshot_path
 from slimgrad.sweep.schedules.names import require_folder
 
 COPYING = "copying"
+ALL = "all"  # of --length: the whole training text as one sequence
 DEFAULT_PRESET = "modern"
 FINETUNE_STEPS, FINETUNE_RATE = 20, 0.1
 _HOW = ("method", "chunk", "schedule", "device")  # decide how a gradient is computed, not which gradient
@@ -104,7 +105,8 @@ def _begin(
     finetuning: bool = False,
 ) -> None:
     shape = config.model
-    config = with_settings(config.replace(**options.numbers), options.settings)
+    numbers = {name: value for name, value in options.numbers.items() if (name, value) != ("length", ALL)}
+    config = with_settings(config.replace(**numbers), options.settings)
     if options.corpus == COPYING and config.task != COPYING:
         config = config.replace(task=COPYING, first_length=0)
     if weights is not None:
@@ -203,8 +205,11 @@ def _load(source: str | None, config: TrainConfig, data_dir: Path | None) -> Cor
 
 
 def _fit(config: TrainConfig, corpus: Corpus | None, options: Options) -> TrainConfig:
-    """Numbers that follow from the corpus: bytes for validation, and the longest of whole documents."""
+    """Numbers that follow from the corpus: bytes for validation, the longest of whole documents, or all there are."""
+    takes_all = options.numbers.get("length") == ALL
     if corpus is None:
+        if takes_all:
+            raise InputError(f"--length {ALL}: expected a text, the copying task has none. Name a number of symbols")
         return config
     if not any(setting.startswith("validation_bytes=") for setting in options.settings):
         config = config.replace(validation_bytes=validation_bytes(corpus))
@@ -215,6 +220,14 @@ def _fit(config: TrainConfig, corpus: Corpus | None, options: Options) -> TrainC
             )
         train, _ = corpus.split(validation_bytes=config.validation_bytes, window=2)
         config = config.replace(length=max(2, *(len(document) for document in train.documents)))
+    if takes_all:
+        if config.batch * config.accumulate > 1:
+            raise InputError(
+                f"--length {ALL} makes one sequence of the text: expected --batch 1 and --accumulate 1, got "
+                f"{config.batch} and {config.accumulate}, which would be the same sequence over again"
+            )
+        train, _ = corpus.split(validation_bytes=config.validation_bytes, window=2)
+        config = config.replace(length=len(train), first_length=0)
     return config
 
 

@@ -1,25 +1,30 @@
-"""Text as bytes: corpora, documents, windows, batches. Nothing is shipped, nothing is copied into memory whole."""
+"""Text as bytes: corpora, documents, windows, batches. Nothing is shipped, nothing large is in memory whole."""
 
-from slimgrad.data.batches import Batch, Order, copying_batches, text_batches
-from slimgrad.data.corpus import KNOWN, Corpus, Split, load_corpus, map_file
-from slimgrad.data.documents import Documents
+from slimgrad.data.batches import Batch, Order, Sequences, copying_batches, text_batches, whole
+from slimgrad.data.corpus import KNOWN, Corpus, Split, load_corpus, map_file, open_file
+from slimgrad.data.documents import Documents, FileBytes, Windows
 from slimgrad.data.fetch import fetch
 from slimgrad.data.pydocs import pydocs
-from slimgrad.data.windows import consecutive_windows, shuffled_starts
+from slimgrad.data.windows import consecutive_starts, shuffled_starts
 
 __all__ = [
     "KNOWN",
     "Batch",
     "Corpus",
     "Documents",
+    "FileBytes",
     "Order",
+    "Sequences",
     "Split",
-    "consecutive_windows",
+    "Windows",
+    "consecutive_starts",
     "copying_batches",
     "fetch",
     "load_corpus",
     "map_file",
+    "open_file",
     "pydocs",
     "shuffled_starts",
     "text_batches",
+    "whole",
 ]

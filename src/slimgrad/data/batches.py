@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from slimgrad.data.documents import Documents
+from slimgrad.data.documents import Documents, Windows
 from slimgrad.data.windows import require_window, shuffled_starts
 from slimgrad.errors import InputError
 
@@ -17,39 +17,52 @@ Order = Literal["shuffled", "consecutive", "random", "documents"]
 IGNORED = -100
 
 
+Sequences = Tensor | Windows  # of one length, side by side: uint8 `[batch, length]`
+
+
 class Batch(NamedTuple):
-    """Sequences of one length, or whole documents.
+    """Sequences of one length, or whole documents. Those that are long are readers, of which nothing is in memory.
 
     Attributes:
-        inputs: uint8 `[batch, length]`, or a list of documents, each uint8 `[1, bytes]`.
+        inputs: uint8 `[batch, length]`, or a list of documents, each `[1, bytes]`.
         targets: int64 like the inputs, -100 where none counts; None: the next byte is the target.
     """
 
-    inputs: Tensor | list[Tensor]
+    inputs: Sequences | list[Sequences]
     targets: Tensor | list[Tensor] | None = None
 
     @property
-    def sequences(self) -> list[Tensor]:
+    def sequences(self) -> list[Sequences]:
         """The inputs as a list."""
         return self.inputs if isinstance(self.inputs, list) else [self.inputs]
 
     @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Of each of the inputs: sequences side by side, and bytes of each."""
+        return [(x.batch, x.length) if isinstance(x, Windows) else (x.shape[0], x.shape[1]) for x in self.sequences]
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all sequences."""
-        return sum(x.numel() for x in self.sequences)
+        return sum(batch * length for batch, length in self.shapes)
 
     @property
     def longest(self) -> int:
         """Bytes of the longest sequence."""
-        return max(x.shape[1] for x in self.sequences)
+        return max(length for _, length in self.shapes)
 
     @property
     def num_targets(self) -> int:
         """Targets that count."""
         if self.targets is None:
-            return sum(x.numel() - x.shape[0] for x in self.sequences)
+            return sum(batch * (length - 1) for batch, length in self.shapes)
         targets = self.targets if isinstance(self.targets, list) else [self.targets]
         return sum(int((x != IGNORED).sum()) for x in targets)
+
+
+def whole(sequences: Sequences) -> Tensor:
+    """All of them in memory."""
+    return sequences.read(0, sequences.length) if isinstance(sequences, Windows) else sequences
 
 
 def text_batches(
@@ -75,8 +88,7 @@ def text_batches(
         return
     spans = _spans(len(text), lengths, batch, order, seed)
     for length, starts in itertools.islice(spans, first, None):
-        windows = [text.read(start, start + length) for start in starts]
-        yield Batch(windows[0][None] if batch == 1 else torch.stack(windows))  # one alone stays a view of the file
+        yield Batch(text.windows(starts, length))
 
 
 def copying_batches(length: int, steps: int, *, batch: int, seed: int, first: int = 0) -> Iterator[Batch]:
@@ -128,11 +140,12 @@ def _spans(
 
 
 def _whole_documents(text: Documents, count: int, batch: int, seed: int, first: int) -> Iterator[Batch]:
-    documents = [document[None] for document in text.documents if len(document) > 1]
-    if not documents:
+    spans = [(start, stop) for start, stop in text.spans if stop - start > 1]
+    if not spans:
         raise InputError("expected a document of at least two bytes, one to read and one to predict, found none")
     generator = torch.Generator().manual_seed(seed)
-    order = (i for _ in itertools.repeat(None) for i in torch.randperm(len(documents), generator=generator).tolist())
+    order = (i for _ in itertools.repeat(None) for i in torch.randperm(len(spans), generator=generator).tolist())
     numbers = itertools.islice(order, first * batch, None)
     for _ in range(first, count):
-        yield Batch([documents[i] for i in itertools.islice(numbers, batch)])
+        taken = [spans[i] for i in itertools.islice(numbers, batch)]
+        yield Batch([text.windows([start], stop - start) for start, stop in taken])

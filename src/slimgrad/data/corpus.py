@@ -1,4 +1,4 @@
-"""A corpus: a name and its bytes, from files (memory-mapped), from the network, or from what Python carries."""
+"""A corpus: a name and its bytes, from files (read as they are used), from the network, or from what Python carries."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slimgrad.data.documents import Documents
+from slimgrad.data.documents import Documents, FileBytes
 from slimgrad.data.fetch import fetch
 from slimgrad.data.pydocs import pydocs
 from slimgrad.errors import InputError
@@ -22,9 +22,6 @@ from slimgrad.errors import InputError
 PYDOCS, ENWIK8, PTB, TINYSHAKESPEARE = "pydocs", "enwik8", "ptb", "tinyshakespeare"
 KNOWN = (PYDOCS, ENWIK8, PTB, TINYSHAKESPEARE)
 _ENWIK8_TRAINING, _ENWIK8_VALIDATION = 90_000_000, 5_000_000  # the usual split; the last five million are for tests
-
-
-_KEPT_OPEN = 256
 
 
 class Split(NamedTuple):
@@ -100,33 +97,24 @@ def load_corpus(source: str | Path | None = None, *, data_dir: Path | None = Non
                 "nothing of that name. Check the path"
             )
         if not path.is_dir():
-            return Corpus(name=path.stem or path.name, source=str(path), text=Documents([map_file(path)]))
+            return Corpus(name=path.stem or path.name, source=str(path), text=Documents([open_file(path)]))
         files = _files_below(path)
     if not files:
         raise InputError(
             f"{path}: expected a folder with files to read, found none below it that is neither empty nor hidden. Name "
             "another folder"
         )
-    text = Documents([map_file(file, keep_open=len(files) <= _KEPT_OPEN) for file in files])
+    text = Documents([open_file(file) for file in files])
     name = os.path.basename(os.path.abspath(path)) or "files"  # "." has a name too
     return Corpus(name=name, source=f"{len(files):,} files below {path}", text=text)
 
 
-def map_file(path: str | Path, *, keep_open: bool = True) -> Tensor:
-    """Any file's bytes as uint8 `[bytes]`, memory-mapped: pages are read when touched, and may be dropped again.
-
-    Never write to the tensor; the file must keep its length while it lives.
-
-    Args:
-        path: the file.
-        keep_open: map it read-only, which keeps a descriptor: the system allows about a thousand. Else the map is
-            private and writable, keeps none, and counts as memory of the process' own where that is limited
-            (RLIMIT_DATA).
+def open_file(path: Path) -> FileBytes:
+    """Any file's bytes, which are read when they are used. The file must keep its length meanwhile.
 
     Raises:
         InputError: no such file, not a regular file, empty, or not readable.
     """
-    path = Path(path)
     with _reading(path):
         if not path.exists():
             raise InputError(f"{path}: expected a file, found nothing of that name. Check the path")
@@ -135,26 +123,30 @@ def map_file(path: str | Path, *, keep_open: bool = True) -> Tensor:
             raise InputError(f"{path}: expected a file, found {kind}. Name one file")
         with path.open("rb") as file:  # the system's own words for what it refuses
             size = os.fstat(file.fileno()).st_size
-        if size == 0:
-            raise InputError(f"{path}: expected bytes to read, the file is empty. Name another file")
-    name = cast(str, os.fsencode(path))  # as bytes, a name need not be text
-    try:
-        if not keep_open:
-            return torch.from_file(name, shared=False, size=size, dtype=torch.uint8)
-        with _reading(path), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="r"))
-    except (RuntimeError, UnicodeDecodeError) as error:  # the second: the first could not spell the name
-        reason = str(error).splitlines()[0] if isinstance(error, RuntimeError) else "the system's refusal"
-        raise InputError(
-            f"{path}: expected to map the file, got: {reason}. Where there are tens of thousands, join them"
-        ) from error
+    if size == 0:
+        raise InputError(f"{path}: expected bytes to read, the file is empty. Name another file")
+    return FileBytes(path, 0, size)
+
+
+def map_file(path: str | Path) -> Tensor:
+    """Any file's bytes as uint8 `[bytes]`, memory-mapped: pages are read when touched, and may be dropped again.
+
+    Never write to the tensor; the file must keep its length while it lives. It keeps a descriptor open. Pages that were
+    touched count as resident memory of the process.
+
+    Raises:
+        InputError: no such file, not a regular file, empty, or not readable.
+    """
+    path = open_file(Path(path)).path
+    with _reading(path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="r"))
 
 
 def _load_known(name: str, data_dir: Path | None) -> Corpus:
     paths = fetch(name, data_dir=data_dir)
     source = " and ".join(map(str, paths))
-    parts = [Documents([map_file(path)]) for path in paths]
+    parts = [Documents([open_file(path)]) for path in paths]
     if name == ENWIK8:
         text, rest = parts[0].cut(_ENWIK8_TRAINING)
         return Corpus(name=name, source=source, text=text, validation=rest.cut(_ENWIK8_VALIDATION)[0])

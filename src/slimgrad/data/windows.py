@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
-from slimgrad.data.documents import Documents
 from slimgrad.errors import InputError
 
 
-def consecutive_windows(text: Documents, length: int) -> Iterator[Tensor]:
-    """Windows of `length`, one after the other without overlap; a last one that is shorter is left out."""
-    require_window(len(text), length)
-    return (text.read(start, start + length) for start in range(0, len(text) - length + 1, length))
+def consecutive_starts(num_bytes: int, length: int) -> range:
+    """Where windows of `length` start, one after the other without overlap; a last one that is shorter is left out."""
+    require_window(num_bytes, length)
+    return range(0, num_bytes - length + 1, length)
 
 
 def shuffled_starts(num_bytes: int, length: int, generator: torch.Generator) -> Iterator[int]:
