@@ -1,8 +1,9 @@
 """A look at the model itself, once: its hidden states whole against in chunks, forward, over a few tokens.
 
 The certificate is of the class, small and in float64. What it cannot see is what was put on this model: weights that
-overflow, adapters, replaced layers, kernels of this device. Here a difference is measured against that of two ways to
-run the model whole, eager against sdpa, since both are right.
+overflow, adapters, replaced layers, kernels of this device. Here a difference is measured against those between several
+ways to run the model whole, which are all right: eager against sdpa, and with every layer's output off by a rounding
+error at random (Monte Carlo arithmetic: Parker, 1997), which shows how much the model makes of such errors.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def require_same_outputs(inner: nn.Module, step: BaseStep) -> None:
     Raises:
         ModelError: they differ by more than rounding, or its layers are not those of its configuration.
 
-    Cost: four forward passes over 64 tokens.
+    Cost: five forward passes over 64 tokens.
     """
     refuse_layers_unlike(inner)
     weights = list(step.base.parameters())
@@ -53,6 +54,8 @@ def require_same_outputs(inner: nn.Module, step: BaseStep) -> None:
     with torch.no_grad(), seeded(0, device), _evaluating(step.base):
         inputs = {"input_ids": _tokens(step, device)}
         own, *others = [_whole(step, inputs, way) for way in _ways(inner)]
+        with _rounding_at_random(step.base):
+            others.append(_whole(step, inputs, None))
         state = None
         if depends_on_length(step.base):
             state = {**step.initial_state(1), "total": inputs["input_ids"].shape[1]}
@@ -62,13 +65,13 @@ def require_same_outputs(inner: nn.Module, step: BaseStep) -> None:
             f"hidden states of this {type(inner).__name__} are not finite in one pass over {own.shape[1]} random "
             "tokens already, without slimgrad; expected weights that can be trained"
         )
-    yardstick = max((_distance(other, own) for other in others), default=0.0)
+    yardstick = max(_distance(other, own) for other in others)
     floor = _FLOORS.get(own.dtype, 0) * torch.finfo(own.dtype).eps or 30 * torch.finfo(torch.float32).eps
     allowed, found = max(_TIMES_YARDSTICK * yardstick, floor), _distance(chunks, own)
     if not found <= allowed:
         raise ModelError(
             f"hidden states of this {type(inner).__name__} in chunks differ from those in one pass by {found:.1e}, "
-            f"where {allowed:.1e} is expected of rounding ({own.dtype}; eager and sdpa differ by {yardstick:.1e}). Its "
+            f"where {allowed:.1e} is expected of rounding ({own.dtype}; ways to run it whole differ by {yardstick:.1e}). Its "
             "class is exact, so something on this model looks across tokens: an adapter, a replaced layer, a hook. "
             "Without this check: slimgrad.hf.enable(model, check=False)"
         )
@@ -88,6 +91,24 @@ def _evaluating(base: nn.Module) -> Generator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _rounding_at_random(base: nn.Module) -> Generator[None]:
+    """Within the block what every innermost layer gives is off by one rounding error at most."""
+
+    def off(module: nn.Module, given: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return None
+        return output * (1 + torch.finfo(output.dtype).eps * (torch.rand_like(output) - 0.5))
+
+    innermost = [module for module in base.modules() if not any(True for _ in module.children())]
+    hooks = [module.register_forward_hook(off) for module in innermost]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _tokens(step: BaseStep, device: torch.device) -> Tensor:
