@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import slimgrad as sg
+from slimgrad.sweep.files import ScratchFile
 from slimgrad.sweep.run import Run
 from slimgrad.sweep.store import Handle, Store
+from tests.sweep.opened import open_files, wait_for_threads
 from tests.sweep.refusing import Refuse, Refused
 from tests.toy_models import AllKinds, CachedAttention, GatedRecurrence, LinearAttention
 
@@ -142,14 +144,14 @@ def test_rows_lie_in_the_folder_while_needed(tmp_path: Path) -> None:
     sizes: list[int] = []
 
     def look(event: sg.Event) -> None:
-        sizes.append(sum(file.stat().st_size for file in tmp_path.rglob("*.slab")))
+        sizes.append(sum(os.fstat(file).st_size for file in open_files(tmp_path)))
 
     sg.backward(CachedAttention(), TOKENS, chunk=CHUNK, schedule=sg.Rebuild(rows=tmp_path), on_chunk=look)
     rows = 2 * 2 * 82 * 6 * 4  # keys and values, batch, time, width, bytes
     assert sizes[0] >= rows
     assert max(sizes) >= 2 * rows
     assert max(sizes) < 6 * rows  # whole 64 bytes for each of the batch, and the first guess
-    assert list(tmp_path.iterdir()) == []
+    assert open_files(tmp_path) == []
 
 
 @pytest.mark.parametrize("phase", ["forward", "reverse"])
@@ -166,9 +168,10 @@ def test_files_of_rows_go_after_an_error(phase: str, tmp_path: Path) -> None:
 
 def test_files_of_rows_go_with_a_loss_that_nobody_calls_backward_on(tmp_path: Path) -> None:
     loss = sg.loss(AllKinds(), TOKENS, chunk=CHUNK, schedule=sg.Keep(store=tmp_path, rows=tmp_path))
-    assert len(list(tmp_path.rglob("*.slab"))) > 2
+    assert len(open_files(tmp_path)) == 2
     del loss
-    assert list(tmp_path.iterdir()) == []
+    wait_for_threads()
+    assert open_files(tmp_path) == []
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
@@ -184,7 +187,9 @@ def test_no_room_for_rows(number: int, tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     model = CachedAttention()
-    message = r"\.slab: expected to reserve [\d,]+ bytes for .* got: No space left on device\. Name a folder with more"
+    message = (
+        rf"{tmp_path}: expected to reserve [\d,]+ bytes for .* got: No space left on device\. Name a folder with more"
+    )
     with pytest.raises(sg.StorageError, match=message):
         sg.backward(model, TOKENS, chunk=CHUNK, schedule=sg.Rebuild(rows=tmp_path))
     assert len(calls) == number
@@ -293,21 +298,19 @@ def test_what_lies_in_memory_is_not_fetched(store: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (OSError(errno.EIO, "Input/output error"), OSError),
+        (OSError(errno.EIO, "Input/output error"), sg.StorageError),
         (MemoryError("no room to read"), sg.MemoryLimitError),
     ],
 )
 def test_an_error_of_the_thread_that_reads_comes_out(
     error: Exception, expected: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    clone, main = Tensor.clone, threading.get_ident()
 
-    def fail(x: Tensor, **given: Any) -> Tensor:
-        if threading.get_ident() != main:
-            raise error
-        return clone(x, **given)
+    def fail(file: ScratchFile, *given: Any) -> int:
+        assert threading.current_thread() is not threading.main_thread()
+        raise error
 
-    monkeypatch.setattr(Tensor, "clone", fail)
+    monkeypatch.setattr(ScratchFile, "_get", fail)
     model = AllKinds()
     with pytest.raises(expected, match=str(error.args[-1])):
         sg.backward(model, TOKENS, chunk=CHUNK, schedule=sg.Keep(store=tmp_path))
