@@ -43,7 +43,14 @@ class TrainConfig:
         Literal["text", "copying"],
         _explained('"text" (the bytes of a corpus), or "copying" (generated: the paper\'s section 4.3).'),
     ] = "text"
-    length: Annotated[int, _explained("Bytes of one training sequence; of the longest, where they grow.", ge=2)]
+    length: Annotated[
+        int,
+        _explained(
+            "Bytes of one training sequence; of the longest, where they grow. On the command line all: the whole "
+            "training text is one.",
+            ge=2,
+        ),
+    ]
     first_length: Annotated[
         int,
         _explained(

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from slimgrad.bytelm.config import describe
 from slimgrad.cli.knobs import with_numbers
 from slimgrad.errors import InputError, SlimgradError
 
@@ -48,14 +49,7 @@ def _length(word: str) -> int | str:
         raise typer.BadParameter(f"expected a number of bytes, or all, got {word!r}") from None
 
 
-Length = Annotated[
-    Any,
-    typer.Option(
-        parser=_length,
-        metavar="INTEGER|all",
-        help="Bytes of one training sequence; of the longest, where they grow. all: the whole training text is one.",
-    ),
-]
+Length = Annotated[Any, typer.Option(parser=_length, metavar="INTEGER|all", help=describe("length"))]
 Numbers = Mapping[str, Any]  # options that `knobs` makes of the configuration's fields
 RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run's folder, one of its snapshots, or a model.safetensors.")
