@@ -150,7 +150,7 @@ def test_rows_lie_in_the_folder_while_needed(tmp_path: Path) -> None:
     rows = 2 * 2 * 82 * 6 * 4  # keys and values, batch, time, width, bytes
     assert sizes[0] >= rows
     assert max(sizes) >= 2 * rows
-    assert max(sizes) < 6 * rows  # whole 64 bytes for each of the batch, and the first guess
+    assert max(sizes) <= 4 << 18  # whole blocks
     assert open_files(tmp_path) == []
 
 
@@ -201,9 +201,9 @@ NO_ROOM = """
 import pathlib, resource, sys, torch, slimgrad as sg
 from tests.toy_models import CachedAttention
 folder = pathlib.Path(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # of one file
+resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))  # of one file
 model, tokens = CachedAttention(width=64), torch.randint(0, 13, (1, 8192))
-try:  # keys of 256 bytes: 2 MiB
+try:  # keys of 256 bytes: 2 MiB, and as many of values
     sg.backward(model, tokens, chunk=256, schedule=sg.Rebuild(rows=folder))
 except sg.StorageError as error:
     print(error)

@@ -15,6 +15,7 @@ from slimgrad.states.base import Carrier, Purpose, Root, Setting, State, mismatc
 from slimgrad.states.checksum import checksum
 from slimgrad.sweep.compiled import not_traced
 from slimgrad.sweep.record import Record
+from slimgrad.sweep.series import Series
 from slimgrad.sweep.store import Store, alignment_bytes
 
 
@@ -120,7 +121,8 @@ class _Append(torch.autograd.Function):
 class RowsCarrier(Carrier):
     """Carries a `Growing` in one buffer, and its adjoint in another of the same size.
 
-    The buffers lie where the schedule says. One that is not on the model's device is copied to it chunk by chunk.
+    The buffers lie where the schedule says. Of one that is not in the device's memory the rows that a chunk asks for
+    are copied to it.
     """
 
     of_chunk = ("length", "_bound", "_following", "_rows", "_bits", "_edge", "_anchor")
@@ -128,10 +130,11 @@ class RowsCarrier(Carrier):
     def __init__(self, setting: Setting, initial: Growing) -> None:
         super().__init__(setting)
         self._rolls_back, self._growth, self._store = setting.rolls_back, setting.growth, setting.rows
-        self._device = initial.device
-        self._buffer = setting.rows.space(initial.shape, initial.dtype, initial.device)
-        self._buffer.copy_(initial.value.detach())
-        self._gradient: Tensor | None = None
+        self._shape, self._dtype, self._device = initial.shape, initial.dtype, initial.device
+        self._buffer = setting.rows.series(initial.shape, initial.dtype, initial.device)
+        self._buffer.write(0, initial.value.detach())
+        self._gradient: Series | None = None
+        self._last: int | None = 0  # rows that the last chunk asked for; None: all
         self.length = initial.length  # rows before the chunk
         self._length = initial.length  # live
         self._written = initial.length  # rows that stand in the buffer, live or rolled back
@@ -149,9 +152,7 @@ class RowsCarrier(Carrier):
 
     def rows(self, first: int, stop: int) -> Tensor:
         """Some rows of the buffer as a tensor of its own, so that autograd sees neither a view nor a write."""
-        view = self._buffer[:, first:stop]
-        if view.device != self._device:
-            return view.to(self._device, non_blocking=True)
+        view = self._buffer.read(first, stop, self._device)
         return torch.empty(0, dtype=view.dtype, device=view.device).set_(
             view.untyped_storage(), view.storage_offset(), view.shape, view.stride()
         )
@@ -160,16 +161,22 @@ class RowsCarrier(Carrier):
         """Add to the adjoint of the rows from `first` on."""
         self.is_intact = False
         if self._gradient is None:
-            wide = torch.promote_types(self._buffer.dtype, torch.float32)
-            shape = (self._buffer.shape[0], self._written, *self._buffer.shape[2:])
-            self._gradient = self._store.space(shape, wide, self._device).zero_()
-        self._gradient[:, first : first + g.shape[1]] += g.to(self._gradient.device)
+            self._gradient = self._new_gradient(self._written)
+        self._gradient.add(first, g)
+
+    def _new_gradient(self, length: int) -> Series:
+        wide = torch.promote_types(self._dtype, torch.float32)
+        return self._store.series((self._shape[0], length, *self._shape[2:]), wide, self._device, zeros=True)
 
     def _bind(self) -> Growing:
         self._lengths.put(self.span.start, self._length)
         known = self._lengths.at(self.span.start)
         self.length = self._length = self._length if known is None else known  # within a finer chunk there is none
-        self._bound = Growing(self._buffer[:, :0].to(self._device), _link=self)
+        self._bound = Growing(self.rows(0, 0), _link=self)
+        first = 0 if self._last is None else max(self.length - self._last, 0)
+        self._buffer.fetch(first, self.length)
+        if self._gradient is not None:
+            self._gradient.fetch(first, self._lengths.at(self.span.stop) or self.length)
         return self._bound
 
     @not_traced
@@ -179,9 +186,9 @@ class RowsCarrier(Carrier):
             raise ModelError(f"state {self.name}: append was called on a state of a sweep that is over")
         if self._rows is not None and not self.in_backward:
             return _Following(0).append(rows)
-        start, rows = self.length, rows.to(self._buffer.dtype)
+        start, rows = self.length, rows.to(self._dtype)
         stop = start + rows.shape[1]
-        first = 0 if last is None else max(stop - last, 0)
+        first, self._last = 0 if last is None else max(stop - last, 0), last
         if not self.in_backward:
             self._length = stop
             self._bits = checksum(rows)
@@ -210,15 +217,13 @@ class RowsCarrier(Carrier):
         )
 
     def _write(self, rows: Tensor, start: int, stop: int) -> None:
-        if stop > self._buffer.shape[1]:
+        if stop > self._buffer.capacity:
             guess = int(self._growth * (stop - start)) + start if self._lengths.first == start else 0
             # from sequence to sequence of the batch whole multiples of it, however often the buffer grows: see `store`
             multiple = max(64, alignment_bytes(self._device) // rows.dtype.itemsize)
-            capacity = -(-max(stop, guess, self._buffer.shape[1] * 3 // 2) // multiple) * multiple
-            wider = self._store.space((rows.shape[0], capacity, *rows.shape[2:]), rows.dtype, self._device)
-            wider[:, :start] = self._buffer[:, :start]
-            self._buffer = wider
-        self._buffer[:, start:stop] = rows
+            capacity = -(-max(stop, guess, self._buffer.capacity * 3 // 2) // multiple) * multiple
+            self._buffer.grow(capacity, start)
+        self._buffer.write(start, rows)
         self._written = max(self._written, stop)
 
     def take(self, returned: Any) -> None:
@@ -235,8 +240,8 @@ class RowsCarrier(Carrier):
         if self._rows is None or self._gradient is None or self._edge is None:
             return []
         start = self.length
-        g = self._gradient[:, start : start + self._rows.shape[1]]
-        return [Root(self._edge, g.to(self._device, self._rows.dtype))]
+        g = self._gradient.read(start, start + self._rows.shape[1], self._device)
+        return [Root(self._edge, g.to(self._rows.dtype))]
 
     def sources(self) -> list[Tensor]:
         return [] if self._anchor is None else [self._anchor]
@@ -267,9 +272,8 @@ class RowsCarrier(Carrier):
         return Growing(self.rows(0, self._length))
 
     def adjoint(self) -> Tensor | None:
-        return (
-            None if self._gradient is None else self._gradient[:, : self._length].to(self._device, self._buffer.dtype)
-        )
+        gradient = self._gradient
+        return None if gradient is None else gradient.read(0, self._length, self._device).to(self._dtype)
 
     def set_adjoint(self, gradient: Tensor | None) -> None:
         self._gradient = None
@@ -281,22 +285,21 @@ class RowsCarrier(Carrier):
         return self._buffer.nbytes + (0 if self._gradient is None else self._gradient.nbytes)
 
     def state(self) -> dict[str, Any]:
-        # both buffers whole and not copied: they may be large, and rows begin where they began
-        self._buffer[:, self._written :] = 0
         return {
             "position": self.position,
             "length": self._length,
             "written": self._written,
-            "rows": self._buffer,
-            "adjoint": self._gradient,
+            "rows": self._buffer.state(self._written),
+            "adjoint": None if self._gradient is None else self._gradient.state(self._gradient.capacity),
             "lengths": self._lengths.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.position, self._length, rows = state["position"], state["length"], state["rows"]
+        self.position, self._length = state["position"], state["length"]
         self._lengths.load_state(state["lengths"])
         self._written = state["written"]
-        self._buffer = self._store.space(rows.shape, rows.dtype, self._device).copy_(rows)
+        self._buffer.load_state(state["rows"])
         self._gradient = None
-        if (adjoint := state["adjoint"]) is not None:
-            self._gradient = self._store.space(adjoint.shape, adjoint.dtype, self._device).copy_(adjoint)
+        if state["adjoint"] is not None:
+            self._gradient = self._new_gradient(0)
+            self._gradient.load_state(state["adjoint"])

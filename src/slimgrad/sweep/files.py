@@ -101,15 +101,19 @@ class ScratchFile:
         if _checksum(into) != checksum:
             raise self._damaged("read back with other bytes than were written", len(into))
 
-    def mapped(self, start: int, num_bytes: int, *, shared: bool = False) -> Tensor:
-        """Bytes that were reserved as a tensor, which need not be in memory; to be written to where it is `shared`."""
+    def fetch(self, start: int, num_bytes: int) -> None:
+        """Have the system read bytes ahead, into its own cache, where it does that (Linux)."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), start, num_bytes, os.POSIX_FADV_WILLNEED)
+
+    def mapped(self, start: int, num_bytes: int) -> Tensor:
+        """Bytes that were reserved, as a tensor which need not be in memory: to be written to another file."""
         if num_bytes == 0:
             return torch.empty(0, dtype=torch.uint8, device="cpu")
         self._require_whole()
         if os.fstat(self._file.fileno()).st_size < start + num_bytes:
             raise self._damaged("it was cut off", num_bytes)
-        access = mmap.ACCESS_WRITE if shared else mmap.ACCESS_COPY
-        pages = mmap.mmap(self._file.fileno(), num_bytes, access=access, offset=start)
+        pages = mmap.mmap(self._file.fileno(), num_bytes, access=mmap.ACCESS_COPY, offset=start)
         return torch.frombuffer(pages, dtype=torch.uint8)
 
     def _require_whole(self) -> None:

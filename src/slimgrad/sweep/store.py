@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from slimgrad.sweep.files import ScratchFile, bytes_of
+from slimgrad.sweep.series import FileSeries, MemorySeries, Series
 
 Layout = tuple[int, torch.Size, torch.dtype, torch.device]
 T = TypeVar("T")
@@ -155,13 +156,16 @@ class Store:
         self._coming.pop(handle, None)
         self._slabs[handle.slab].free.append(handle.row)
 
-    def space(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor with nothing in it, where this store has its place. Elsewhere than on `device` it stays there."""
-        elements = math.prod(shape)
-        if not self.is_file:
-            return self._allocate(elements, dtype, device).view(shape)
-        file, num_bytes = self._new_file(), elements * dtype.itemsize
-        return file.mapped(file.reserve(num_bytes), num_bytes, shared=True).view(dtype).view(shape)  # holds the file
+    def series(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, zeros: bool = False) -> Series:
+        """Rows along time, `[batch, time, ...]`, where this store has its place: with nothing in them, or zeros."""
+        if self.is_file:
+            return FileSeries(shape, dtype, self._opened())  # zeros in any case
+
+        def allocate(shape: Sequence[int]) -> Tensor:
+            return self._allocate(math.prod(shape), dtype, device).view(*shape)
+
+        series = MemorySeries(shape, allocate)
+        return series.zero() if zeros else series
 
     def close(self) -> None:
         """Drop every slab, and the file."""
@@ -234,8 +238,5 @@ class Store:
 
     def _opened(self) -> ScratchFile:
         if self._file is None:
-            self._file = self._new_file()
+            self._file = ScratchFile(self._place if isinstance(self._place, Path) else None)
         return self._file
-
-    def _new_file(self) -> ScratchFile:
-        return ScratchFile(self._place if isinstance(self._place, Path) else None)
