@@ -1,4 +1,4 @@
-"""Real signals: a gradient is thrown away, everything else is finished, what was done is saved."""
+"""Real signals: a short gradient is thrown away, everything else is finished, what was done is saved."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ def send(number: int = signal.SIGINT) -> None:
 
 
 def calling(function: Callable[..., Any], at: int, what: Callable[[], None]) -> Callable[..., Any]:
-    """The function, with something that happens just before its call number `at` returns."""
+    """The function, with something that happens just before its call number `at` returns (negative: begins)."""
     calls = 0
 
     def called(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
+        if calls == -at:
+            what()
         result = function(*arguments, **options)
         if calls == at:
             what()
@@ -59,7 +61,7 @@ def test_a_signal_in_a_gradient_saves_the_last_whole_step(
 ) -> None:
     config = tiny(steps=6, save_every=100, **changes)
     expected = whole(tmp_path / "whole", config, corpus())
-    last_call_of_fourth_step = 4 * config.accumulate
+    last_call_of_fourth_step = -4 * config.accumulate
     monkeypatch.setattr(
         loop, "add_gradient", calling(loop.add_gradient, last_call_of_fourth_step, lambda: send(number))
     )
@@ -73,6 +75,14 @@ def test_a_signal_in_a_gradient_saves_the_last_whole_step(
         assert folder.snapshot.step == 3
     assert timeless(going_on(tmp_path / "run", corpus())) == timeless(expected)
     assert last_snapshot(tmp_path / "run") == last_snapshot(tmp_path / "whole")
+
+
+def test_a_gradient_that_is_done_makes_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(steps=6, save_every=100)
+    expected = whole(tmp_path / "whole", config, corpus())
+    monkeypatch.setattr(loop, "add_gradient", calling(loop.add_gradient, 4, send))
+    stopped(tmp_path / "run", config)
+    assert timeless(read_rows(tmp_path / "run")) == timeless(expected[:4])
 
 
 def test_a_validation_is_finished_before_the_run_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

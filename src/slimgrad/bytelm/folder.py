@@ -5,6 +5,7 @@ RUN/
   config.json      the configuration, the corpus with its checksum, and every session that worked on the run
   metrics.jsonl    a `Row` per step
   snapshots/       with the model's shape in each
+  gradient/, traces/   of gradients that take long: see `journalled`
   curve.png, sample.txt, memory.json   made when the run ends
 ```
 """

@@ -13,7 +13,7 @@ about, the others are here to be compared with, and to show that a run may chang
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
 
@@ -29,7 +29,14 @@ Method = Literal["chunked", "checkpoint", "plain"]
 
 
 def add_gradient(
-    model: Performer, batch: Batch, *, method: Method, chunk: int, schedule: Schedule | None, normalizer: float
+    model: Performer,
+    batch: Batch,
+    *,
+    method: Method,
+    chunk: int,
+    schedule: Schedule | None,
+    normalizer: float,
+    carry_out: Callable[..., float] | None = None,
 ) -> float:
     """Add a batch's gradient to every parameter's `.grad`, and return its loss: both over `normalizer`.
 
@@ -39,11 +46,14 @@ def add_gradient(
         method: see the module.
         chunk, schedule: for "chunked".
         normalizer: what the summed loss is divided by: the targets of the whole step, for their mean.
+        carry_out: for "chunked" with one sequence: what does it in place of `backward`, to the same bits.
     """
     states = [model.initial_state(size) for size, _ in batch.shapes]  # here, so that all methods draw the same features
     if method == "chunked":
         state = states if isinstance(batch.inputs, list) else states[0]
         how: dict[str, Any] = {"chunk": chunk, "schedule": schedule, "normalizer": normalizer, "state": state}
+        if carry_out is not None:
+            return carry_out(model, batch.inputs, batch.targets, **how)
         return float(backward(model, batch.inputs, batch.targets, **how).loss)
     targets = batch.targets if isinstance(batch.targets, list) else [batch.targets] * len(states)
     with layers_computed_twice(model) if method == "checkpoint" else nullcontext():

@@ -3,16 +3,19 @@
 One step is one or several batches of the task, a gradient each, and one step of AdamW. Everything random follows from
 the seed and the step's number, so a run that goes on from a snapshot agrees in every bit with one that was never
 stopped, as long as the number of threads, the processor and the version of torch are the same.
-Cost: per step, one gradient (see `gradient`); memory does not depend on the length of the sequences.
+Cost: per step, one gradient (see `gradient`); memory does not depend on the length of the sequences. A gradient that
+takes long is saved on its way (see `journalled`), if it is that of one batch of windows: of several batches, and of
+whole documents, what is lost with a kill is the step at hand.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,18 +29,20 @@ from slimgrad.bytelm.config import TrainConfig
 from slimgrad.bytelm.device import pick_device
 from slimgrad.bytelm.folder import RunFolder, seconds_so_far
 from slimgrad.bytelm.gradient import add_gradient
+from slimgrad.bytelm.journalled import GradientJournal, Pace, saved_gradient
 from slimgrad.bytelm.memory import out_of_memory
 from slimgrad.bytelm.optimizer import learning_rate_at, make_optimizer, set_learning_rate
 from slimgrad.bytelm.row import Report, Row
 from slimgrad.bytelm.task import Task, make_task
 from slimgrad.call.losses import cross_entropy_sum, is_counted
 from slimgrad.data import Batch, Corpus
-from slimgrad.errors import NonFiniteError, StorageError
+from slimgrad.errors import InputError, NonFiniteError, StorageError
 from slimgrad.models.performer import Performer
 from slimgrad.runs.stopping import Interrupted, Stop
 from slimgrad.states.accumulator import kept_bytes
 from slimgrad.states.sums import PrefixSum
 from slimgrad.sweep import tree
+from slimgrad.sweep.program import OnChunk
 from slimgrad.sweep.random import derive_seed, seeded
 from slimgrad.sweep.schedules.base import Schedule
 from slimgrad.sweep.schedules.names import parse_schedule
@@ -87,6 +92,8 @@ def train(
     run: RunFolder | None = None,
     weights: Mapping[str, Tensor] | None = None,
     stop: Stop | None = None,
+    on_chunk: OnChunk | None = None,
+    pace: Pace | None = None,
 ) -> Trained:
     """Train a Performer on bytes, or on the copying task.
 
@@ -97,16 +104,20 @@ def train(
         run: where metrics and snapshots go, and from whose snapshot the run goes on; None: nothing is written.
         weights: parameters to begin with, in place of random ones (a snapshot's go first).
         stop: asked whether a signal has come.
+        on_chunk: called with an `Event` after each chunk of a gradient that can be saved on its way.
+        pace: when gradients are saved on their way; None: from a minute on.
 
     Raises:
-        InputError: the text is too short. Before any work.
+        InputError: the text is too short, or a gradient that was saved on its way cannot be gone on with. Before any
+            work.
         NonFiniteError: the loss or the gradient is no longer a finite number. The snapshots are those before.
         StorageError: something cannot be written.
         MemoryLimitError: memory ran out.
-        Interrupted: a signal came; with `run`, everything up to the last whole step is saved.
+        Interrupted: a signal came; with `run`, everything up to the last whole step is saved, and the gradient at hand
+            if it has taken long.
     """
     task = make_task(config, corpus)
-    trainer = _Trainer(config, task, run, stop or Stop(), weights)
+    trainer = _Trainer(config, task, run, stop or Stop(), weights, on_chunk, pace or Pace())
     rows = run.rows() if run else []
     for row in trainer.rows():
         rows.append(row)
@@ -119,7 +130,14 @@ class _Trainer:
     """A run under way: parameters, moments, and how far it has come."""
 
     def __init__(
-        self, config: TrainConfig, task: Task, run: RunFolder | None, stop: Stop, weights: Mapping[str, Tensor] | None
+        self,
+        config: TrainConfig,
+        task: Task,
+        run: RunFolder | None,
+        stop: Stop,
+        weights: Mapping[str, Tensor] | None,
+        on_chunk: OnChunk | None,
+        pace: Pace,
     ) -> None:
         self.config, self.task, self.run, self.stop = config, task, run, stop
         self.model = build_model(config)
@@ -131,9 +149,21 @@ class _Trainer:
         self.step, self.seen = run.load(self.model, self.optimizer) if run else (0, 0)
         self._saved_step = self.step if run and run.snapshot else -1
         self._earlier_seconds = seconds_so_far(run.path) if run else 0.0
+        self.journal = None if run is None else self._open_journal(run, pace, on_chunk)
         lengths = config.step_lengths()
         self._ends = list(itertools.accumulate(lengths))
         self._began = self._saved_at = time.perf_counter()
+
+    def _open_journal(self, run: RunFolder, pace: Pace, on_chunk: OnChunk | None) -> GradientJournal:
+        saved, method = saved_gradient(run.path, self.step + 1), self.config.method
+        if saved is not None and method != "chunked":
+            raise InputError(
+                f"{saved}: expected to go on with the gradient of step {self.step + 1}, which was begun with --method "
+                f"chunked, got {method}. Change it when that step is done, or remove {saved.parent} to begin it anew"
+            )
+        return GradientJournal(
+            run.path, self.step + 1, pace=pace, stop=self.stop, before_first_save=self._save, on_chunk=on_chunk
+        )
 
     def rows(self) -> Iterator[Row]:
         """Do the steps that are left, each with its row; save as often as the configuration says, and at the end."""
@@ -175,7 +205,7 @@ class _Trainer:
         self.optimizer.zero_grad()
         num_bytes = sum(batch.num_bytes for batch in batches)
         self.step, self.seen = self.step + 1, self.seen + num_bytes
-        step_seconds = time.perf_counter() - began
+        step_seconds = time.perf_counter() - began + (self.journal.seconds_before if self.journal else 0.0)
         bits, accuracy = validate(config, model, self.task) if self._validates() else (None, None)
         return Row(
             step=self.step,
@@ -193,14 +223,19 @@ class _Trainer:
         )
 
     def _gradient(self, batches: list[Batch]) -> float:
-        """The loss of this step, its gradient in `.grad`. A signal throws the gradient away, and saves the rest."""
-        config, model = self.config, self.model
+        """The loss of this step, its gradient in `.grad`. A signal throws that away, and saves the rest."""
+        config, model, journal = self.config, self.model, self.journal
         normalizer = max(sum(batch.num_targets for batch in batches), 1)
         how: dict[str, Any] = {"method": config.method, "chunk": config.chunk, "schedule": self.schedule}
+        alone = len(batches) == 1 and not isinstance(batches[0].inputs, list)
+        interruptible = self.stop.interruptible
+        if journal is not None and config.method == "chunked" and alone:
+            how["carry_out"] = functools.partial(journal.add_gradient, self.step + 1)
+            interruptible = nullcontext  # it sees to signals itself
         seed = derive_seed(config.seed, self.step)
         loss = 0.0
         try:
-            with self.stop.interruptible(), autocast(config, model):
+            with interruptible(), autocast(config, model):
                 for index, batch in enumerate(batches):
                     with seeded(derive_seed(seed, index), model.head.weight.device):
                         loss += add_gradient(model, batch, normalizer=normalizer, **how)
@@ -217,6 +252,8 @@ class _Trainer:
         return after * _VALIDATIONS // self._ends[-1] > before * _VALIDATIONS // self._ends[-1]
 
     def _save_is_due(self) -> bool:
+        if self.journal is not None and self.journal.is_saved:
+            return True
         if self.config.save_every is not None:
             return self.step % self.config.save_every == 0
         return time.perf_counter() - self._saved_at > SECONDS_BETWEEN_SNAPSHOTS
@@ -234,6 +271,8 @@ class _Trainer:
         except StorageError as error:
             raise StorageError(f"{error}. {self._last_good()}Go on from there: --resume {self.run.path}") from error
         self._saved_step, self._saved_at = self.step, time.perf_counter()
+        if self.journal is not None:
+            self.journal.forget(self.step)
 
     def _last_good(self) -> str:
         if self.run is None:

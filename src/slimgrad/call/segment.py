@@ -50,12 +50,15 @@ class Segment:
         model, inputs, targets, context, chunk, schedule, loss_fn, state, on_chunk, sink: as in `backward`; the inputs
             are one sequence. To save on the way, call `save` from `on_chunk`, which may be a method of the caller's, or
             set `segment.on_chunk` later.
+        final_state: whether `forward` gives the state after the last token. False: it gives None, and the last chunk is
+            not run forward for it.
 
     Attributes:
         on_chunk: called with an `Event` after every chunk, or None.
 
-    Cost: as `backward`, which does not run the last chunk forward first. Between the calls a segment holds what its
-    schedule keeps, and the gradients gathered so far; `.grad` is touched at the end of `reverse` only.
+    Cost: as `backward`, which does not run the last chunk forward first (nor does this without `final_state`). Between
+    the calls a segment holds what its schedule keeps, and the gradients gathered so far; `.grad` is touched at the end
+    of `reverse` only.
     """
 
     def __init__(
@@ -71,12 +74,13 @@ class Segment:
         state: Any = None,
         on_chunk: OnChunk | None = None,
         sink: Mapping[str, Sink] | None = None,
+        final_state: bool = True,
     ) -> None:
         refuse_unsynchronised(model)
         if isinstance(inputs, list):
             raise InputError("a Segment takes one sequence, got a list; make one Segment for each")
         self.on_chunk = on_chunk
-        self._given_state = state
+        self._given_state, self._to_end = state, final_state
         self._loss_fn = loss_fn or cross_entropy_sum
         options = Options(context, chunk, schedule, self._loss_fn, "targets", state, self._tell)
         self._call = Call(model, inputs, targets, options, gathers=True, sink=sink, collect_in="reverse")
@@ -84,7 +88,7 @@ class Segment:
         program = self._call.sequences[0]
         program.compares_targets = program.data.targets is not None  # others may come with a load
         self._called_with = CalledWith(model, tree.tensors(context))
-        self._started: Started = self._call.start(0, to_end=True)
+        self._started: Started = self._call.start(0, to_end=self._to_end)
         self._identity: dict[str, Any] | None = None
         self._folder: Path | None = None
         self._loss_grad: float | None = None
@@ -104,7 +108,7 @@ class Segment:
         """Sweep forward, or go on with it.
 
         Returns:
-            The state after the last token, without a graph.
+            The state after the last token, without a graph; None where none was asked for.
         """
         if self.phase == "closed":
             raise ConsumedError("this segment is done; make a new one for another gradient")
@@ -195,11 +199,12 @@ class Segment:
             "chunk": self._started.program.cut.chunk,
             "schedule": schedule_as_dict(self._call.schedule),
             "loss_grad": self._loss_grad,
+            "to end": self._to_end,
             "state": None if self._given_state is None else [structure_as_text(spec), given],
             "progress": self._started.run.progress.state(),
         }
+        write_document(Path(folder), document)
         self._folder = Path(folder)
-        write_document(self._folder, document)
 
     @classmethod
     @not_traced
@@ -241,6 +246,7 @@ class Segment:
             state=state,
             on_chunk=on_chunk,
             sink=sink,
+            final_state=document.get("to end", True),
         )
         segment._require_savable_sinks()
         segment._identity = identity_of(segment._call, segment._loss_fn)
@@ -257,7 +263,7 @@ class Segment:
     def _go_on_from(self, document: dict[str, Any]) -> None:
         self._loss_grad = document["loss_grad"]
         self._call.sequences[0].seed = document["progress"]["seed"]
-        self._started = self._call.start(0, to_end=True)
+        self._started = self._call.start(0, to_end=self._to_end)
         progress = self._started.run.progress
         made = [carrier.checksum() for carrier in progress.carriers]
         progress.load_state(document["progress"], {document["device"]: self._call.shared.device})

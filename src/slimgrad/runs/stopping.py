@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM: leave the gradient at once, finish everything else, save, and stop.
+"""Ctrl-C and SIGTERM: leave the gradient, finish everything else, save, and stop.
 
-A gradient may take minutes and is lost without harm: parameters and moments are still those of the step before. A step
-of the optimiser, a validation or a snapshot is finished first. A second signal stops where it finds the program; the
-snapshots on disk are whole even then.
+A gradient is left at once, or, where it can be saved, after the chunk at hand (see `bytelm.journalled`): parameters and
+moments are still those of the step before. A step of the optimiser, a validation or a snapshot is finished first. A
+second signal stops where it finds the program; what is on disk is whole even then.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ class Stop:
     def __init__(self) -> None:
         self._signal_number: int | None = None
         self._interruptible = False
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a signal has come."""
+        return self._signal_number is not None
 
     @contextmanager
     def listening(self) -> Generator[Stop]:
