@@ -134,7 +134,7 @@ class RowsCarrier(Carrier):
         self._buffer = setting.rows.series(initial.shape, initial.dtype, initial.device)
         self._buffer.write(0, initial.value.detach())
         self._gradient: Series | None = None
-        self._last: int | None = 0  # rows that the last chunk asked for; None: all
+        self._reach: int | None = 0  # rows before it that the last chunk asked for; None: all
         self.length = initial.length  # rows before the chunk
         self._length = initial.length  # live
         self._written = initial.length  # rows that stand in the buffer, live or rolled back
@@ -173,7 +173,7 @@ class RowsCarrier(Carrier):
         known = self._lengths.at(self.span.start)
         self.length = self._length = self._length if known is None else known  # within a finer chunk there is none
         self._bound = Growing(self.rows(0, 0), _link=self)
-        first = 0 if self._last is None else max(self.length - self._last, 0)
+        first = 0 if self._reach is None else max(self.length - self._reach, 0)
         self._buffer.fetch(first, self.length)
         if self._gradient is not None:
             self._gradient.fetch(first, self._lengths.at(self.span.stop) or self.length)
@@ -188,7 +188,8 @@ class RowsCarrier(Carrier):
             return _Following(0).append(rows)
         start, rows = self.length, rows.to(self._dtype)
         stop = start + rows.shape[1]
-        first, self._last = 0 if last is None else max(stop - last, 0), last
+        first = 0 if last is None else max(stop - last, 0)
+        self._reach = None if last is None else start - first
         if not self.in_backward:
             self._length = stop
             self._bits = checksum(rows)
