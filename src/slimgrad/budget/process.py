@@ -6,6 +6,11 @@
 | macOS and other Unix | `ru_maxrss` of getrusage (bytes on macOS, KiB elsewhere) | no |
 | Windows | not measured | |
 
+It is what the kernel calls resident (`VmRSS`): every page in memory, with weights, the code of libraries, and files
+that were mapped. Nothing is taken off, since of pages of files Linux knows no peak. So slimgrad reads corpora and kept
+states, and maps neither. A file that the caller maps (`np.memmap`, `torch.from_file`) counts with the pages that are
+in memory, which the kernel takes back when it is short of it.
+
 On Linux `ru_maxrss` would mislead: a child starts with the peak of the process that it was forked from.
 
 A limit (`limit_memory`) is the kernel's: RLIMIT_DATA, which since Linux 4.7 counts every private page that may be
