@@ -20,11 +20,11 @@ import functools
 import json
 import logging
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from slimgrad.budget.process import resident_bytes
@@ -118,7 +118,7 @@ class GradientJournal:
             segment = _load(saved, model, inputs, targets)
             self._trace.load()
         self._is_saved, self.seconds_before = saved is not None, self._trace.seconds_before
-        self._began = self._saved_at = time.perf_counter()
+        self._began = self._saved_at = perf_counter()
         self._due = self._began + (self._pace.first if saved is None else self._pace.least)
         self._cost = 1.0  # seconds, until a save was measured
         segment.on_chunk = functools.partial(self._after_chunk, segment)
@@ -145,12 +145,12 @@ class GradientJournal:
         self._is_saved = False
 
     def _after_chunk(self, segment: Segment, event: Event) -> None:
-        now = time.perf_counter()
+        if self._on_chunk is not None:
+            self._on_chunk(event)
+        now = perf_counter()
         if event.phase != "again":
             self._tokens = tokens_done(event)
             self._trace.add(event, self._tokens, now - self._began)
-        if self._on_chunk is not None:
-            self._on_chunk(event)
         if event.phase == "reverse" and event.start == 0:
             return
         if now >= self._due or (self._stop.is_asked and now - self._saved_at > self._cost):
@@ -165,7 +165,7 @@ class GradientJournal:
             raise
 
     def _save(self, segment: Segment) -> None:
-        began = time.perf_counter()
+        began = perf_counter()
 
         def save() -> None:
             if not self._is_saved:
@@ -175,7 +175,7 @@ class GradientJournal:
             self._trace.write()
 
         done = self._unless_disk_is_full(save)
-        now = time.perf_counter()
+        now = perf_counter()
         self._cost = now - began
         wait = max(self._pace.costs * self._cost, self._pace.least)
         self._saved_at, self._due = now, now + (wait if done else max(wait, self._pace.first))
