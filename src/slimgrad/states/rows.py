@@ -172,7 +172,7 @@ class RowsCarrier(Carrier):
         self._lengths.put(self.span.start, self._length)
         known = self._lengths.at(self.span.start)
         self.length = self._length = self._length if known is None else known  # within a finer chunk there is none
-        self._bound = Growing(self.rows(0, 0), _link=self)
+        self._bound = Growing(self._buffer.read(0, 0, self._device), _link=self)
         first = 0 if self._reach is None else max(self.length - self._reach, 0)
         self._buffer.fetch(first, self.length)
         if self._gradient is not None:
