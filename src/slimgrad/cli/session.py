@@ -36,6 +36,7 @@ from slimgrad.bytelm import (
     validate,
 )
 from slimgrad.cli.curve import picture, sketch, smooth
+from slimgrad.cli.sweeping import SweepBar
 from slimgrad.cli.words import megabytes, printable
 from slimgrad.data import Corpus, Windows
 from slimgrad.runs.stopping import Interrupted, Stop
@@ -176,7 +177,8 @@ class Session:
                     self._to_tensorboard(row)
 
             try:
-                trained = train(self.config, self.corpus, report, run=self.folder, stop=stop)
+                sweeps = SweepBar(progress, self.config)
+                trained = train(self.config, self.corpus, report, run=self.folder, stop=stop, on_chunk=sweeps)
                 stop.check()
             except Interrupted as interrupted:
                 saved = self.folder.snapshot

@@ -24,6 +24,7 @@ from slimgrad.bytelm import (
     with_settings,
 )
 from slimgrad.bytelm.folder import read_record
+from slimgrad.bytelm.journalled import saved_gradient
 from slimgrad.bytelm.memory import out_of_memory
 from slimgrad.bytelm.model_file import require_shape
 from slimgrad.bytelm.presets import get_preset
@@ -160,11 +161,14 @@ def _resume(options: Options) -> None:
     with RunFolder.reopen(options.resume) as folder:  # from here on the run changes: nothing may be refused any more
         warnings = _restore_environment(folder)
         step = folder.snapshot.step if folder.snapshot else 0
+        under_way: list[str] = []
+        if saved_gradient(folder.path, step + 1) is not None:
+            under_way = [f"the gradient of step {step + 1:,} from where it was saved, with its own chunk and schedule"]
         folder.record["config"] = config.to_dict()
         folder.record.setdefault("sessions", []).append(_session(config, step))
         folder.save_record()
         settings = describe(config, corpus, folder.record.get("origin", "its own shape"))
-        settings["resumed"] = "; ".join([f"after step {step:,} of {config.steps:,}", *warnings])
+        settings["resumed"] = "; ".join([f"after step {step:,} of {config.steps:,}", *under_way, *warnings])
         Session(config, corpus, task, folder, tensorboard=options.tensorboard).run(settings)
 
 
