@@ -41,6 +41,16 @@ RUNS: dict[str, dict[str, Any]] = {
 TEXTS = {"of several documents": documents(700, 40, 3, 900, 500)}
 
 
+class Clock:
+    """In place of the real one; moves on as a test says."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class StoppedError(Exception):
     """As a crash would be."""
 
@@ -110,17 +120,47 @@ def test_of_several_batches_and_documents_none_is_saved(tmp_path: Path) -> None:
         assert not (tmp_path / str(number) / "traces").exists()
 
 
-def test_the_snapshot_before_is_on_the_disk_first(tmp_path: Path) -> None:
+def test_the_snapshot_before_is_on_the_disk_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a run that goes on would find a gradient of a step that it has still to come to."""
     config = tiny(steps=4, length=500, chunk=64, save_every=100)
     expected = whole(tmp_path / "whole", config, corpus())
+    clock, count = Clock(), 0
+    monkeypatch.setattr("slimgrad.bytelm.journalled.perf_counter", clock)
+
+    def hear(_: sg.Event) -> None:  # the third step, of chunks 31 to 45, takes long
+        nonlocal count
+        count += 1
+        clock.now += 100 if count == 35 else 0
+        if count == 40:
+            crash()
+
     with pytest.raises(StoppedError):
-        journalled(tmp_path / "run", config, corpus(), pace=Pace(), on_chunk=at(40, crash))
-    assert [path.name for path in (tmp_path / "run" / "snapshots").iterdir()] == ["step-00000000"]
-    saved = crashed(tmp_path / "again", config, corpus(), 40)
-    assert saved.name == "step-00000003"
-    assert "step-00000002" in {path.name for path in (tmp_path / "again" / "snapshots").iterdir()}
-    assert journalled(tmp_path / "again", config, corpus()) == timeless(expected)
+        journalled(tmp_path / "run", config, corpus(), pace=Pace(), on_chunk=hear)
+    assert sorted(path.name for path in (tmp_path / "run/snapshots").iterdir()) == ["step-00000000", "step-00000002"]
+    assert saved_gradient(tmp_path / "run", 3) is not None
+    assert journalled(tmp_path / "run", config, corpus()) == timeless(expected)
+
+
+def test_a_step_that_took_long_is_on_the_disk_when_it_is_done(tmp_path: Path) -> None:
+    config = tiny(steps=2, length=500, chunk=64, save_every=100)
+    with pytest.raises(StoppedError):
+        journalled(tmp_path / "run", config, corpus(), on_chunk=at(16, crash))
+    assert "step-00000001" in {path.name for path in (tmp_path / "run" / "snapshots").iterdir()}
+    assert not (tmp_path / "run" / "gradient").exists()
+
+
+def test_what_was_saved_stays_until_the_snapshot_after_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(steps=2, length=500, chunk=64, save_every=100, eval_every=1)
+    expected = whole(tmp_path / "whole", config, corpus())
+    with monkeypatch.context() as patch:
+        patch.setattr("slimgrad.bytelm.loop.validate", lambda *_: crash())
+        with pytest.raises(StoppedError):
+            journalled(tmp_path / "run", config, corpus())
+    left = list[sg.Event]()
+    assert journalled(tmp_path / "run", config, corpus(), on_chunk=left.append) == timeless(expected)
+    assert len(left) == 1 + 15
 
 
 def test_the_trace_says_how_it_went(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,16 +186,6 @@ def test_the_trace_says_how_it_went(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 # --- when ---
-
-
-class Clock:
-    """Moves on by what each chunk and each save takes."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_the_first_save_and_those_after_it_come_when_they_should(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +53,34 @@ def context() -> dict[str, Any]:
 
 
 # --- the same gradient ---
+
+
+@pytest.mark.parametrize("stopped", [0, 2, 9])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+def test_without_the_final_state_it_runs_what_backward_runs(
+    schedule: sg.Schedule, stopped: int, tmp_path: Path
+) -> None:
+    """Whether or not it is saved on the way, and loaded."""
+    model, spans = built("a mix"), list[tuple[str, int]]()
+    result = backward(model, schedule=schedule, on_chunk=lambda event: spans.append((event.phase, event.start)))
+    expected = bits(model, result)
+    one = segment(model := built("a mix"), schedule=schedule, final_state=False)
+    found = list[tuple[str, int]]()
+
+    def hear(event: sg.Event) -> None:
+        found.append((event.phase, event.start))
+        if len(found) == stopped:
+            one.save(tmp_path)
+            raise KeyboardInterrupt
+
+    one.on_chunk = hear
+    if stopped:
+        with pytest.raises(KeyboardInterrupt):
+            finished(one)
+        one = sg.Segment.load(tmp_path, model, TOKENS, on_chunk=hear)
+    assert one.forward() is None
+    assert different(bits(model, one.reverse()), expected) == []
+    assert found == spans
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)

@@ -116,7 +116,7 @@ class Segment:
             with one_thread_at_a_time(self._call.model), self._called_with.restored():
                 self._started.run.forward()
                 self._call.refuse_gathered()
-        return self._started.run.progress.final_state
+        return self._started.run.progress.final_state if self._to_end else None
 
     @not_traced
     def reverse(self, loss_grad: float | Tensor | None = None, final_state_grad: Any = None) -> Result:
