@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slimgrad as sg
-from slimgrad import budget
+from slimgrad.sweep.schedules import default
 from tests.contract.contract import collect, explicit, plain, require_close, worst_error
 from tests.toy_models import MODELS, AllKinds, CachedAttention, GatedRecurrence, LinearAttention, Signals
 
@@ -422,7 +422,7 @@ def test_the_schedule_is_chosen_and_the_choice_told(
         assert sg.backward(LinearAttention(), TOKENS, chunk=4).schedule == sg.Rebuild()
         assert caplog.messages == ["schedule: Rebuild(): sums are rolled back; nothing is kept"]
         caplog.clear()
-        monkeypatch.setattr(budget, "KEPT_STATES_LIMIT_BYTES", 170)
+        monkeypatch.setattr(default, "KEPT_STATES_LIMIT_BYTES", 170)
         assert sg.backward(model, TOKENS, chunk=4).schedule == sg.Binomial(3)
         again = sg.Binomial(3).num_advances(10) - 9
         assert caplog.messages == [
@@ -455,7 +455,7 @@ def test_the_result_says_what_was_counted() -> None:
 def test_chunked_is_a_module() -> None:
     model = GatedRecurrence()
     chunked = sg.Chunked(model, chunk=7, schedule=sg.Keep())
-    assert "chunk=7, schedule=Keep(store='device', rows='device')" in repr(chunked)
+    assert "chunk=7, schedule=Keep(store='device', rows='device', tape=0)" in repr(chunked)
     assert {name for name, _ in chunked.named_parameters()} == {f"model.{n}" for n, _ in model.named_parameters()}
     loss = chunked(TOKENS)
     assert float(loss.detach()) == float(sg.evaluate(model, TOKENS, chunk=7).loss)

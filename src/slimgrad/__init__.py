@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from slimgrad.api import Chunked, backward, evaluate, loss, outputs, token_loss
+from slimgrad.api import Chunked, backward, evaluate, loss, outputs, plan, token_loss
+from slimgrad.budget.plan import Plan
 from slimgrad.call.arguments import Result
 from slimgrad.call.protocol import CausalModel
 from slimgrad.call.segment import Segment
@@ -58,6 +59,7 @@ __all__ = [
     "MemoryLimitError",
     "ModelError",
     "NonFiniteError",
+    "Plan",
     "PrefixSum",
     "Reader",
     "Rebuild",
@@ -78,6 +80,7 @@ __all__ = [
     "hf",
     "loss",
     "outputs",
+    "plan",
     "receive_state",
     "send_state",
     "token_loss",

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimgrad.budget.plan import Plan
+from slimgrad.budget.planning import Request, decide, make_plan
 from slimgrad.call.arguments import DEFAULT_CHUNK, Call, Normalizer, Options, Result
 from slimgrad.call.losses import cross_entropy_sum, token_cross_entropy
 from slimgrad.call.outputs import loss_of, outputs_of
@@ -33,7 +35,9 @@ def backward(
     targets: Any = None,
     *,
     context: Any = None,
-    chunk: int = DEFAULT_CHUNK,
+    chunk: int | None = None,
+    memory: int | str | None = None,
+    plan: Plan | None = None,
     schedule: Schedule | None = None,
     loss_fn: LossFn | None = None,
     normalizer: Normalizer = "targets",
@@ -54,6 +58,10 @@ def backward(
         targets: likewise; -100 is ignored. None: the next token, the last having no target.
         context: passed whole to every chunk as the model's third argument (images, an encoder's output).
         chunk: tokens whose graph lives at once; a remainder of one token joins the chunk before it.
+        memory: in its place, what the process may hold, weights included: bytes, or text as "2GiB". The fastest plan
+            within it is chosen by measurements of this model, made when it is first called so. With neither, a sequence
+            of more than 4,096 tokens has what is free.
+        plan: in their place, a plan that was made before (`Result.plan`, `slimgrad.plan`).
         schedule: how the states before each chunk are found again; None chooses, and logs the choice.
         loss_fn: (outputs, targets) -> the sum over a chunk, or a dict with "loss" and additive metrics. Default:
             cross-entropy in nats.
@@ -85,11 +93,13 @@ def backward(
         >>> optimizer.step()
     """
     refuse_unsynchronised(model)
+    options = Options(context, DEFAULT_CHUNK, schedule, loss_fn or cross_entropy_sum, normalizer, state, on_chunk)
+    request = Request(model, inputs, targets, options, sink)
     call = Call(
         model,
         inputs,
         targets,
-        Options(context, chunk, schedule, loss_fn or cross_entropy_sum, normalizer, state, on_chunk),
+        decide(request, chunk=chunk, memory=memory, plan=plan),
         gathers=True,
         sink=sink,
         collect_in="reverse",
@@ -111,6 +121,38 @@ def backward(
     return call.result(final_states, initial_grads)
 
 
+def plan(
+    model: nn.Module,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    memory: int | str | None = None,
+    context: Any = None,
+    schedule: Schedule | None = None,
+    loss_fn: LossFn | None = None,
+    state: Any = None,
+    sink: Mapping[str, Sink] | None = None,
+) -> Plan:
+    """What `backward` would do with so much memory: the plan that it takes, and that `plan=` takes back.
+
+    Nothing is computed but what must be measured; `.grad`, buffers and generators stay as they are.
+
+    Args:
+        model, inputs, targets, memory, context, schedule, loss_fn, state, sink: as in `backward`.
+
+    Returns:
+        A `Plan`: print it for its account and its reasons.
+
+    Raises:
+        InputError: an argument does not fit, or the budget cannot be met: with the smallest that can.
+
+    Example:
+        >>> print(plan(model, tokens, memory="1GiB"))
+    """
+    options = Options(context, DEFAULT_CHUNK, schedule, loss_fn or cross_entropy_sum, "targets", state, None)
+    return make_plan(Request(model, inputs, targets, options, sink), memory)
+
+
 @not_traced
 def evaluate(
     model: nn.Module,
@@ -118,7 +160,9 @@ def evaluate(
     targets: Any = None,
     *,
     context: Any = None,
-    chunk: int = DEFAULT_CHUNK,
+    chunk: int | None = None,
+    memory: int | str | None = None,
+    plan: Plan | None = None,
     loss_fn: LossFn | None = None,
     normalizer: Normalizer = "targets",
     state: Any = None,
@@ -129,8 +173,9 @@ def evaluate(
     Arguments and result as in `backward`; the gradients of the result are None. The model runs in the mode it is in:
     call `model.eval()` first to turn dropout off.
     """
-    options = Options(context, chunk, None, loss_fn or cross_entropy_sum, normalizer, state, on_chunk)
-    call = Call(model, inputs, targets, options)
+    options = Options(context, DEFAULT_CHUNK, None, loss_fn or cross_entropy_sum, normalizer, state, on_chunk)
+    request = Request(model, inputs, targets, options, head=True, differentiates=False)
+    call = Call(model, inputs, targets, decide(request, chunk=chunk, memory=memory, plan=plan))
     final_states = [
         call.start(index, differentiates=False).run.forward(head=True) for index in range(len(call.sequences))
     ]
@@ -144,7 +189,9 @@ def loss(
     targets: Any = None,
     *,
     context: Any = None,
-    chunk: int = DEFAULT_CHUNK,
+    chunk: int | None = None,
+    memory: int | str | None = None,
+    plan: Plan | None = None,
     schedule: Schedule | None = None,
     loss_fn: LossFn | None = None,
     normalizer: Normalizer = "targets",
@@ -159,8 +206,24 @@ def loss(
     (LossMismatchError). Arguments as in `backward`; gradients reach parameters, inputs, context and state.
     """
     refuse_unsynchronised(model, through_autograd=True)
-    options = Options(context, chunk, schedule, loss_fn or cross_entropy_sum, normalizer, state, on_chunk)
-    return loss_of(Call(model, inputs, targets, options, gathers=_wants_gradients()))
+    options = Options(context, DEFAULT_CHUNK, schedule, loss_fn or cross_entropy_sum, normalizer, state, on_chunk)
+    return _loss(model, inputs, targets, options, chunk=chunk, memory=memory, plan=plan)
+
+
+def _loss(
+    model: nn.Module,
+    inputs: Any,
+    targets: Any,
+    options: Options,
+    *,
+    chunk: int | None,
+    memory: int | str | None,
+    plan: Plan | None,
+) -> Tensor:
+    gathers = _wants_gradients()
+    request = Request(model, inputs, targets, options, head=True, differentiates=gathers)
+    options = decide(request, chunk=chunk, memory=memory, plan=plan)
+    return loss_of(Call(model, inputs, targets, options, gathers=gathers))
 
 
 @not_traced
@@ -170,7 +233,9 @@ def token_loss(
     targets: Any = None,
     *,
     context: Any = None,
-    chunk: int = DEFAULT_CHUNK,
+    chunk: int | None = None,
+    memory: int | str | None = None,
+    plan: Plan | None = None,
     schedule: Schedule | None = None,
     loss_fn: LossFn | None = None,
     state: Any = None,
@@ -182,7 +247,9 @@ def token_loss(
     Otherwise as `loss`.
     """
     refuse_unsynchronised(model, through_autograd=True)
-    options = Options(context, chunk, schedule, loss_fn or token_cross_entropy, 1, state, on_chunk)
+    options = Options(context, DEFAULT_CHUNK, schedule, loss_fn or token_cross_entropy, 1, state, on_chunk)
+    request = Request(model, inputs, targets, options, head=True, differentiates=_wants_gradients(), per_token=True)
+    options = decide(request, chunk=chunk, memory=memory, plan=plan)
     call = Call(model, inputs, targets, options, gathers=_wants_gradients(), per_token=True)
     losses = [along[0] for along in outputs_of(call)]
     return losses if call.is_list else losses[0]
@@ -194,7 +261,9 @@ def outputs(
     inputs: Any,
     *,
     context: Any = None,
-    chunk: int = DEFAULT_CHUNK,
+    chunk: int | None = None,
+    memory: int | str | None = None,
+    plan: Plan | None = None,
     schedule: Schedule | None = None,
     state: Any = None,
     on_chunk: OnChunk | None = None,
@@ -207,7 +276,7 @@ def outputs(
     `.backward()` is refused. Under `torch.no_grad()` it is a plain pass in chunks.
 
     Args:
-        model, inputs, context, chunk, schedule, state, on_chunk: as in `backward`.
+        model, inputs, context, chunk, memory, plan, schedule, state, on_chunk: as in `backward`.
 
     Returns:
         What `forward` returns as its outputs: a tensor `[batch, time, ...]`, or a tree of them; for a list of
@@ -221,8 +290,10 @@ def outputs(
         >>> classifier(hidden[:, -1]).logsumexp(-1).sum().backward()
     """
     refuse_unsynchronised(model, through_autograd=True)
-    options = Options(context, chunk, schedule, None, 1, state, on_chunk)
-    call = Call(model, inputs, None, options, gathers=torch.is_grad_enabled())
+    gathers = torch.is_grad_enabled()
+    options = Options(context, DEFAULT_CHUNK, schedule, None, 1, state, on_chunk)
+    request = Request(model, inputs, None, options, head=True, differentiates=gathers)
+    call = Call(model, inputs, None, decide(request, chunk=chunk, memory=memory, plan=plan), gathers=gathers)
     trees = [one.outputs_of(along) for one, along in zip(call.sequences, outputs_of(call), strict=True)]
     return trees if call.is_list else trees[0]
 
@@ -240,20 +311,23 @@ class Chunked(nn.Module):
 
     Args:
         model: a causal model.
-        chunk, schedule, loss_fn: as in `backward`.
+        chunk, memory, plan, schedule, loss_fn: as in `backward`.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        chunk: int = DEFAULT_CHUNK,
+        chunk: int | None = None,
+        memory: int | str | None = None,
+        plan: Plan | None = None,
         schedule: Schedule | None = None,
         loss_fn: LossFn | None = None,
     ) -> None:
         super().__init__()
         self.model = require_causal_model(model)
-        self.chunk, self.schedule, self.loss_fn = chunk, schedule, loss_fn
+        self.chunk, self.memory, self.plan = chunk, memory, plan
+        self.schedule, self.loss_fn = schedule, loss_fn
 
     @not_traced
     def forward(
@@ -267,9 +341,10 @@ class Chunked(nn.Module):
     ) -> Tensor:
         """The loss, as `slimgrad.loss` returns it."""
         loss_fn = self.loss_fn or cross_entropy_sum
-        options = Options(context, self.chunk, self.schedule, loss_fn, normalizer, state, None)
-        return loss_of(Call(self.model, inputs, targets, options, gathers=_wants_gradients()))
+        options = Options(context, DEFAULT_CHUNK, self.schedule, loss_fn, normalizer, state, None)
+        return _loss(self.model, inputs, targets, options, chunk=self.chunk, memory=self.memory, plan=self.plan)
 
     def extra_repr(self) -> str:
         """The knobs, for `print`."""
-        return f"chunk={self.chunk}, schedule={self.schedule}"
+        knobs = {name: getattr(self, name) for name in ("chunk", "memory", "plan", "schedule")}
+        return ", ".join(f"{name}={value!r}" for name, value in knobs.items() if value is not None)

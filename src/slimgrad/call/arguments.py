@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from slimgrad.budget import choose_schedule
+from slimgrad.sweep.schedules.default import choose_schedule
+from slimgrad.budget.plan import Plan
 from slimgrad.call.cudagraphs import refuse_cuda_graphs
 from slimgrad.call.model import SharedModel
 from slimgrad.call.program import ChunkProgram, LossFn, sum_dtype
@@ -47,6 +48,7 @@ class Options(NamedTuple):
     normalizer: Normalizer
     state: Any
     on_chunk: OnChunk | None
+    plan: Plan | None = None  # what a budget bought, where chunk and schedule come from one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,7 @@ class Result:
         num_targets: targets that are not ignored, over all sequences.
         metrics: the sums of what `loss_fn` returned beside "loss".
         schedule: the schedule that was used.
+        plan: what the budget bought, where one was stated (or nothing at all).
         final_state: the state after the last token, without a graph; hand it to the next call.
         initial_state_grad: the gradient of the initial state: its tree, with a tensor (or None: zero) for each leaf.
         input_grads: the gradient of the inputs that require one, in the inputs' tree; None elsewhere.
@@ -67,6 +70,7 @@ class Result:
     num_targets: int
     metrics: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     schedule: Schedule | None = None
+    plan: Plan | None = None
     final_state: Any = None
     initial_state_grad: Any = None
     input_grads: Any = None
@@ -224,7 +228,8 @@ class Call:
             logger.info("schedule: %s", reason)
         moves = Moves(program.cut, self._schedule if differentiates else None, to_end=to_end)
         parts = {"collected": program.collected} | ({} if self.gather is None else {"gathered": self.gather})
-        progress = Progress(state, moves, seed=program.seed, parts=parts)
+        plan = self._options.plan
+        progress = Progress(state, moves, seed=program.seed, parts=parts, plan=None if plan is None else plan.to_dict())
         return Started(
             Run(program, progress, on_chunk=self._options.on_chunk, differentiates=differentiates), program, made
         )
@@ -318,6 +323,7 @@ class Call:
             num_targets=self.num_targets,
             metrics=metrics,
             schedule=self._schedule,
+            plan=self._options.plan,
             final_state=as_given(final_states),
             initial_state_grad=as_given(initial_grads),
             input_grads=None if initial_grads is None else as_given([one.input_grads for one in self.sequences]),

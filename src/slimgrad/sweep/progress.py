@@ -46,10 +46,19 @@ class Progress:
         moves: what is still to be done.
         seed: from which every chunk's own is derived.
         parts: what others own of it, by name.
+        plan: why it is cut and scheduled so, in plain values, for whoever goes on with it.
     """
 
-    def __init__(self, initial_state: tree.Tree, moves: Moves, *, seed: int, parts: Mapping[str, Saved]) -> None:
-        self.moves, self.seed, self.parts = moves, seed, parts
+    def __init__(
+        self,
+        initial_state: tree.Tree,
+        moves: Moves,
+        *,
+        seed: int,
+        parts: Mapping[str, Saved],
+        plan: dict[str, Any] | None = None,
+    ) -> None:
+        self.moves, self.seed, self.parts, self.plan = moves, seed, parts, plan
         schedule, count = moves.schedule, len(moves.cut)
         leaves, self.spec = tree.flatten(initial_state)
         self.skeleton = tree.skeleton(self.spec)
@@ -239,6 +248,7 @@ class Progress:
         }
         return {
             "seed": self.seed,
+            "plan": self.plan,
             "phase": self.phase,
             "moves": self.moves.state(),
             "carriers": [carrier.state() for carrier in self.carriers],
@@ -259,6 +269,7 @@ class Progress:
             moved: where tensors of a device are now.
         """
         self.seed, self.phase, self.final_gradient = state["seed"], state["phase"], state["final gradient"]
+        self.plan = state["plan"]
         self.moves.load_state(state["moves"])
         self.store.load_state(state["store"], moved)
         for carrier, saved in zip(self.carriers, state["carriers"], strict=True):

@@ -65,6 +65,11 @@ class Run:
         self._keeps_graphs = False  # of the first sweep's chunks: the model differentiates on its way
         self._in_backward = self._is_over = False  # how far the chunk at hand has come
 
+    @property
+    def holds_no_graph(self) -> bool:
+        """Whether no chunk's graph is kept on a tape now."""
+        return not self._tape
+
     def forward(self, *, head: bool = False) -> tree.Tree:
         """Sweep forward, keeping the states that the schedule asks for.
 

@@ -51,6 +51,15 @@ def parse_schedule(text: str) -> Schedule | None:
     raise InputError(f"schedule {text!r}: expected one of {FORMS}")
 
 
+def schedule_as_text(schedule: Schedule) -> str:
+    """What `parse_schedule` reads; a schedule of somebody else's by its own text. Where rows lie is not in it."""
+    kind = type(schedule).__name__.lower()
+    numbers = [str(getattr(schedule, f.name)) for f in fields(schedule) if not f.kw_only]
+    tape = f"+tape:{schedule.tape}" if schedule.tape else ""
+    store = "" if schedule.store == "device" else f"@{schedule.store}"
+    return ":".join([kind, *numbers]) + tape + store
+
+
 def require_folder(text: str) -> None:
     """Refuse a schedule whose states go to a folder that is not there, or cannot be written to."""
     store = getattr(parse_schedule(text), "store", None)

@@ -1,0 +1,159 @@
+"""Memory that this process may still have, and what its allocator makes of it.
+
+| limit | read from |
+|---|---|
+| the machine's | MemAvailable of /proc/meminfo |
+| the control group's | memory.max less memory.current (version 2), memory.limit_in_bytes less usage (version 1) |
+| the process' own | RLIMIT_DATA less VmData, RLIMIT_AS less VmSize |
+
+glibc's malloc takes blocks from its heap as soon as one mapped block was freed, up to 32 MiB large. The heap is then
+cut up, and resident memory comes to as much as twice what is in use. With a fixed threshold large blocks are mapped one
+by one, and given back when they are freed: see docs/decisions/0006-malloc.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import sys
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from time import perf_counter
+from typing import Any, cast
+
+import torch
+
+from slimgrad.budget import process
+from slimgrad.budget.choose import Slack
+
+THRESHOLD = 1 << 20  # bytes of a block from which on it is mapped by itself
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+_CGROUP = Path("/sys/fs/cgroup")
+_KEPT_FREE = 10  # one in so many of the free bytes is left alone
+_TOUCHED = 32 << 20
+
+# Beside the bytes of live tensors. Measured over the models and budgets of benchmarks/results/budget.json.
+DEFAULT_MALLOC = Slack(threshold=1 << 62, small=1.3, share=0.0, fixed=16 << 20)
+RETURNED = Slack(threshold=THRESHOLD, small=1.3, share=0.04, fixed=16 << 20)
+CUDA = Slack(threshold=0, small=0.0, share=0.15, fixed=32 << 20)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What this process may take beside what it holds, less a tenth; None where nobody tells."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        return free - torch.cuda.memory_allocated(device) - free // _KEPT_FREE
+    found = [free for free in (_machine(), _control_group(), *_own_limits()) if free is not None]
+    return min(found) - min(found) // _KEPT_FREE if found else None
+
+
+def held_bytes(device: torch.device) -> int | None:
+    """What this process holds when nothing lies idle: resident, or on CUDA reserved. None where nobody tells."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(device)
+    trim()
+    return process.resident_bytes()
+
+
+def trim() -> None:
+    """Give idle memory of malloc's heap back to the system, where malloc is glibc's."""
+    libc = _libc()
+    if libc is not None and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def return_large_blocks() -> bool:
+    """Have malloc map large blocks one by one for the rest of this process. Whether it could be done.
+
+    For a command, whose process is its own: a library that did so would surprise.
+    """
+    libc = _libc()
+    if libc is None or not hasattr(libc, "mallopt"):
+        return False
+    _set.done = bool(libc.mallopt(_M_MMAP_THRESHOLD, THRESHOLD))
+    return _set.done
+
+
+def slack(device: torch.device) -> Slack:
+    """What the allocator of this process takes beside live tensors."""
+    if device.type == "cuda":
+        return CUDA
+    named = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
+    returned = _set.done or (named.isdecimal() and int(named) <= THRESHOLD)
+    return RETURNED if returned else DEFAULT_MALLOC
+
+
+@cache
+def fault_seconds() -> float:
+    """What one byte costs when it is touched for the first time, beside what it costs later."""
+
+    def touch(x: torch.Tensor) -> float:
+        began = perf_counter()
+        x.fill_(0)
+        return perf_counter() - began
+
+    fresh = torch.empty(_TOUCHED, dtype=torch.uint8)
+    return max(0.0, touch(fresh) - touch(fresh)) / _TOUCHED
+
+
+class _Set:
+    """Whether `return_large_blocks` was called."""
+
+    done = False
+
+
+_set = _Set()
+
+
+def _libc() -> Any:
+    if sys.platform != "linux":
+        return None
+    with suppress(OSError):
+        return ctypes.CDLL(None)
+    return None
+
+
+def _machine() -> int | None:
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    with suppress(ValueError, OSError, AttributeError):  # Unix without /proc
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return None
+
+
+def _control_group() -> int | None:
+    """The least that any group from this process' own up to the root leaves."""
+    found: list[int] = []
+    with suppress(OSError):
+        for line in (process.PROC / "cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            root, names = _CGROUP, ("memory.max", "memory.current")
+            if "memory" in controllers.split(","):
+                root, names = _CGROUP / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            elif controllers:
+                continue
+            for folder in (root / path.lstrip("/"), *(root / path.lstrip("/")).parents):
+                with suppress(OSError, ValueError):  # "max" is no number
+                    limit, used = (int((folder / name).read_text()) for name in names)
+                    found.append(max(0, limit - used))
+                if folder == root:
+                    break
+    return min(found, default=None)
+
+
+def _own_limits() -> list[int | None]:
+    try:
+        resource = cast(Any, importlib.import_module("resource"))
+    except ImportError:  # Windows
+        return []
+    left: list[int | None] = []
+    for limit, used in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+        most, now = resource.getrlimit(limit)[0], process.proc_status(used)
+        if most != resource.RLIM_INFINITY and now is not None:
+            left.append(max(0, most - now))
+    return left

@@ -1,0 +1,224 @@
+"""The fastest way to spend a number of bytes, by what was measured: chunk, schedule and tape.
+
+The sizes of chunks that are tried are a fifth apart, and the whole sequence in 1 to 8 chunks. For each: roll sums back
+and keep plain tensors (`Rebuild`) where their copies fit, else keep as many states as fit (`Binomial`); and with what
+is left, no tape or as long a one as fits. Among those within 3 % of the fastest the largest chunk wins: it makes the
+fewest kernel calls, and what was measured of it extends to other machines best. Then the least memory.
+
+Of the sequence's rows before a chunk, bytes are counted at their most, and seconds at their mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from slimgrad.budget.fit import Fit
+from slimgrad.budget.probe import Costs
+from slimgrad.sweep.cut import Cut
+from slimgrad.sweep.moves import FLOOR
+from slimgrad.sweep.schedules.base import Schedule
+from slimgrad.sweep.schedules.binomial import Binomial
+from slimgrad.sweep.schedules.keep import Rebuild
+
+_NEAR = 1.03  # of the fastest
+_MOST_SLOTS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done.
+
+    Args:
+        lengths: tokens of each sequence.
+        at_once: whether all sequences' states are held at the same time (a loss whose backward comes later).
+        to_end: whether the last chunk is advanced as well.
+        differentiates: whether the sweep goes back.
+        schedule: the one that was asked for, without regard to its tape; None: any.
+        fault_seconds: for one byte that the process has not used before: what a tape costs.
+    """
+
+    lengths: Sequence[int]
+    at_once: bool = False
+    to_end: bool = False
+    differentiates: bool = True
+    schedule: Schedule | None = None
+    fault_seconds: float = 0.0
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths)
+
+
+@dataclass(frozen=True)
+class Slack:
+    """What the allocator takes beside the bytes that are alive.
+
+    Attributes:
+        threshold: bytes of a block from which on it is mapped by itself, and returned when it is freed.
+        small: a share of those in smaller blocks, which come from a heap with holes.
+        share: a share of all.
+        fixed: and a number.
+    """
+
+    threshold: int
+    small: float
+    share: float
+    fixed: int
+
+    def of(self, live: float, small: float) -> int:
+        """Bytes, beside so many that are alive, so many of them in small blocks."""
+        return int(self.share * live + self.small * small) + self.fixed
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to do the work.
+
+    Attributes:
+        account: bytes by what they are for, without what the process holds before.
+        seconds: predicted.
+    """
+
+    chunk: int
+    schedule: Schedule
+    account: dict[str, int]
+    seconds: float
+
+    @property
+    def num_bytes(self) -> int:
+        """All of them."""
+        return sum(self.account.values())
+
+
+class Chooser:
+    """Looks through the ways to do a piece of work."""
+
+    def __init__(self, costs: Costs, work: Work, slack: Slack) -> None:
+        self.costs, self.work, self.slack = costs, work, slack
+
+    def best(self, num_bytes: int) -> Way | None:
+        """The way to take with so many bytes beside what the process holds; None where none fits."""
+        fitting = [way for chunk in self.chunks() for way in self.ways(chunk, num_bytes) if way.num_bytes <= num_bytes]
+        if not fitting:
+            return None
+        fastest = min(way.seconds for way in fitting)
+        near = [way for way in fitting if way.seconds <= _NEAR * fastest]
+        return max(near, key=lambda way: (way.chunk, -way.num_bytes))
+
+    def smallest(self) -> Way:
+        """The way that takes the fewest bytes."""
+        return min((way for chunk in self.chunks() for way in self.ways(chunk, 0)), key=lambda way: way.num_bytes)
+
+    def chunks(self) -> list[int]:
+        """The sizes that are tried."""
+        longest, sizes, size = self.work.longest, set[int](), FLOOR
+        while size < longest:
+            sizes.add(size if size < 128 else size // 64 * 64)
+            size = max(size + 1, size * 6 // 5)
+        sizes |= {-(-longest // count) for count in range(1, 9)}
+        return sorted(sizes)
+
+    def ways(self, chunk: int, num_bytes: int) -> Iterator[Way]:
+        """The ways with this chunk that could be worth it, the smallest among them, whether they fit or not."""
+        count = len(Cut(self.work.longest, chunk))
+        if not self.work.differentiates:
+            yield self.way(chunk, Rebuild())
+            return
+        for schedule in self._schedules(chunk, count, num_bytes):
+            yield self.way(chunk, schedule)
+            tape = self._longest_tape(chunk, count, schedule, num_bytes)
+            if tape:
+                yield self.way(chunk, dataclasses.replace(schedule, tape=tape))
+
+    def _schedules(self, chunk: int, count: int, num_bytes: int) -> Iterator[Schedule]:
+        if self.work.schedule is not None:
+            yield dataclasses.replace(self.work.schedule, tape=0)
+            return
+        yield Rebuild()
+        if not self.costs.plain or count < 3:
+            return
+        yield Binomial(1)
+        without = self.way(chunk, Binomial(1)).num_bytes
+        each = (self.costs.plain + self.costs.sums) * self._sequences_at_once * (1 + self.slack.share)
+        slots = 1 + int(max(0, num_bytes - without) / each)
+        if 1 < slots < count - 1:
+            yield Binomial(min(slots, _MOST_SLOTS))
+
+    @property
+    def _sequences_at_once(self) -> int:
+        return len(self.work.lengths) if self.work.at_once else 1
+
+    def _longest_tape(self, chunk: int, count: int, schedule: Schedule, num_bytes: int) -> int:
+        """How many chunks' graphs fit. With several sequences: none, since each would have its own."""
+        if len(self.work.lengths) > 1 or self.way(chunk, schedule).num_bytes > num_bytes:
+            return 0
+        low, high = 0, count
+        while low < high:  # what it takes grows with it, but for states that are then not kept
+            middle = (low + high + 1) // 2
+            fits = self.way(chunk, dataclasses.replace(schedule, tape=middle)).num_bytes <= num_bytes
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+    def way(self, chunk: int, schedule: Schedule) -> Way:
+        """What it takes to do the work so."""
+        costs, work = self.costs, self.work
+        longest, count = work.longest, len(Cut(work.longest, chunk))
+        counts = [len(Cut(length, chunk)) for length in work.lengths]
+        tape = min(schedule.tape, count)
+        swept = count - tape
+        most = min(chunk + 1, longest)  # the last chunk may have one token more
+        at_once = self._sequences_at_once
+
+        def running(fits: dict[str, Fit]) -> float:
+            names = [name for name, count in (("forward", swept), ("tape", tape)) if count or not work.differentiates]
+            return max((fits[name](most, longest - most) for name in (*names, "reverse") if name in fits), default=0.0)
+
+        def taped(fits: dict[str, Fit]) -> float:
+            return max(0, tape - 1) * fits["kept"](most, longest - most) if tape > 1 else 0.0
+
+        kept = 0
+        if work.differentiates and swept:
+            per_slot = costs.plain + (0 if schedule.rolls_back else costs.sums)
+            kept = (schedule.num_slots(swept) + (1 if tape or work.to_end else 0)) * per_slot
+        kept += costs.plain + costs.sums if tape else 0
+        account = {
+            "gradients": costs.gradients,
+            "state and adjoint": costs.held * at_once,
+            "kept states": kept * at_once,
+            "rows": int(costs.rows * (sum(work.lengths) if work.at_once else longest)),
+            "outputs": int(costs.along * sum(work.lengths)),
+            "checksums": 16 * costs.records * (sum(counts) if work.at_once else count),
+            "one chunk": int(running(costs.bytes)),
+            "tape": int(taped(costs.bytes)),
+        }
+        live = sum(account.values()) - costs.gradients
+        small = running(costs.small) + taped(costs.small) + account["state and adjoint"]
+        account["allocator"] = self.slack.of(live, small)
+        return Way(chunk, schedule, account, self._seconds(chunk, schedule))
+
+    def _seconds(self, chunk: int, schedule: Schedule) -> float:
+        costs, work, total = self.costs, self.work, 0.0
+
+        def of_chunk(name: str, before: float) -> float:
+            return costs.seconds[name](chunk, before) if name in costs.seconds else 0.0
+
+        for length in work.lengths:
+            count = len(Cut(length, chunk))
+            tape = min(schedule.tape, count)
+            swept, mean = count - tape, max(0.0, (length - chunk) / 2)
+            if not work.differentiates:
+                seconds = count * of_chunk("forward", mean)
+            else:
+                more = 1 if swept and (tape or work.to_end) else 0
+                advances = schedule.num_advances(swept) + more if swept else 0
+                seconds = advances * of_chunk("forward", mean) + swept * of_chunk("reverse", mean)
+                seconds += tape * of_chunk("tape", length - tape * chunk / 2)
+            total += seconds * length / (count * chunk)  # the last chunk may be a short one
+        if schedule.tape:
+            count = min(schedule.tape, len(Cut(work.longest, chunk)))
+            total += work.fault_seconds * (count - 1) * costs.bytes["kept"](chunk, work.longest)
+        return total

@@ -1,0 +1,338 @@
+"""A plan for a call: what the public functions ask for, and what they remember between calls.
+
+What was measured of a model is kept with it, by all that it depends on (see `_use`), so that later calls, over other
+lengths or within other budgets, measure nothing. A plan is kept too, and made anew where the process holds so much more
+than when it was made (an optimiser's moments) that it would not fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from slimgrad.budget.available import fault_seconds, free_bytes, held_bytes, slack
+from slimgrad.budget.choose import Chooser, Way, Work
+from slimgrad.budget.plan import Plan
+from slimgrad.budget.probe import Prober, as_it_was, first_tokens
+from slimgrad.budget.process import resident_bytes
+from slimgrad.budget.size import parse_bytes
+from slimgrad.call.arguments import DEFAULT_CHUNK, Call, Options, logger
+from slimgrad.call.model import device_of
+from slimgrad.call.source import Reader
+from slimgrad.errors import InputError
+from slimgrad.gradients.sink import Sink
+from slimgrad.states import raw_tensor
+from slimgrad.sweep import tree
+from slimgrad.sweep.program import OnChunk
+from slimgrad.sweep.schedules.base import Schedule
+from slimgrad.sweep.schedules.names import schedule_as_text
+
+SIZES, CHUNKS = (64, 128, 256), 4  # of the first measurements
+_SHARE = 16  # a chosen size is measured too, if two chunks of it are one in so many of the tokens
+_LARGE_ENOUGH = 1024  # or no more than these
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call needs a plan for.
+
+    Args:
+        model, inputs, targets, options, sink: as in `backward`.
+        head: whether the first sweep runs chunks with their heads.
+        differentiates: whether the sweep goes back.
+        per_token: one loss per token.
+        reserved: bytes that the process does not hold yet, and will, by what they are for (an optimiser's moments).
+    """
+
+    model: nn.Module
+    inputs: Any
+    targets: Any
+    options: Options
+    sink: Mapping[str, Sink] | None = None
+    head: bool = False
+    differentiates: bool = True
+    per_token: bool = False
+    reserved: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    def call(
+        self,
+        inputs: Any,
+        targets: Any,
+        chunk: int,
+        schedule: Schedule | None,
+        on_chunk: OnChunk | None,
+        state: Any = None,
+    ) -> Call:
+        """A call like this one, over other inputs, whose sinks take nothing."""
+        options = self.options._replace(chunk=chunk, schedule=schedule, on_chunk=on_chunk, state=state)
+        sink = dict.fromkeys(self.sink or {}, _take_nothing)
+        collect_in = "reverse" if self.differentiates and not self.head else "forward"
+        return Call(
+            self.model,
+            inputs,
+            targets,
+            options,
+            gathers=self.differentiates,
+            sink=sink,
+            collect_in=collect_in,
+            per_token=self.per_token,
+        )
+
+
+@dataclass
+class _Known:
+    """What was measured of a model in one use of it, and the plans that were made of it, with what was held then."""
+
+    prober: Prober
+    plans: dict[Any, tuple[Plan, int]] = field(default_factory=dict[Any, "tuple[Plan, int]"])
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Known]] = weakref.WeakKeyDictionary()
+
+
+def decide(request: Request, *, chunk: int | None, memory: int | str | None, plan: Plan | None) -> Options:
+    """The options of a call, with chunk and schedule as they were named, or as a budget buys them.
+
+    Args:
+        request: the call; the chunk in its options is not looked at.
+        chunk, memory, plan: what the caller named, one of them at most. None of them: a sequence of no more than
+            `DEFAULT_CHUNK` tokens is one chunk, and of a longer one the memory is what is free.
+
+    Raises:
+        InputError: more than one; or as `make_plan`.
+    """
+    options = request.options
+    named = [name for name, x in (("chunk", chunk), ("memory", memory), ("plan", plan)) if x is not None]
+    if len(named) > 1:
+        raise InputError(
+            f"{' and '.join(f'{name}=' for name in named)}: expected one of them. memory= chooses the chunk"
+        )
+    if plan is not None:
+        if options.schedule not in (None, plan.schedule):
+            raise InputError(f"schedule={options.schedule}: expected none beside plan=, which has {plan.schedule}")
+        return options._replace(chunk=plan.chunk, schedule=plan.schedule, plan=plan)
+    if chunk is not None:
+        return options._replace(chunk=chunk)
+    if memory is None and max(lengths_of(request.inputs), default=0) <= DEFAULT_CHUNK:
+        return options._replace(chunk=DEFAULT_CHUNK)
+    found = make_plan(request, memory)
+    logger.info("plan: %s", found)
+    return options._replace(chunk=found.chunk, schedule=found.schedule, plan=found)
+
+
+def make_plan(request: Request, memory: int | str | None) -> Plan:
+    """The fastest plan for a call within a budget.
+
+    Args:
+        request: the call. It is checked first.
+        memory: bytes, or text as "2GiB"; None: what the process holds and nine tenths of what is free.
+
+    Raises:
+        InputError: an argument does not fit; or the budget is too small: the smallest that would do.
+
+    Cost: when a model is first used so, 4 chunks of 64, of 128 and of 256 tokens, forward and back three times, and two
+    of the chosen size where that is little of the whole. Later calls like it: next to nothing.
+    """
+    model = request.model
+    device = device_of(model)
+    budget = None if memory is None else _bytes(memory)
+    lengths = lengths_of(request.inputs)
+    known = _known.setdefault(model, {}).setdefault(
+        (_use(request), slack(device).threshold), _Known(_prober(request, device))
+    )
+    wanted = (lengths, budget, request.options.schedule, tuple(request.reserved.items()), torch.get_num_threads())
+    if wanted in known.plans and _still_fits(*known.plans[wanted], device):
+        return known.plans[wanted][0]
+    with as_it_was(model):
+        request.call(request.inputs, request.targets, 1, request.options.schedule, None, request.options.state)
+        made = _Planning(request, known.prober, lengths, budget, device)
+        known.plans[wanted] = made.plan(), made.held
+    return known.plans[wanted][0]
+
+
+def _prober(request: Request, device: torch.device) -> Prober:
+    return Prober(head=request.head, differentiates=request.differentiates, threshold=slack(device).threshold)
+
+
+def lengths_of(inputs: Any) -> tuple[int, ...]:
+    """Tokens of each sequence, as far as can be told without a check."""
+    if isinstance(inputs, list):
+        return tuple(length for one in cast("list[Any]", inputs) for length in lengths_of(one))
+    if isinstance(inputs, Reader):
+        return (int(inputs.length),)
+    shapes = [x.shape for x in tree.tensors(inputs)]
+    return (max((shape[min(1, len(shape) - 1)] for shape in shapes if shape), default=0),)
+
+
+def _still_fits(plan: Plan, held: int, device: torch.device) -> bool:
+    """Whether the process does not hold so much more than when the plan was made that it would go beyond its budget."""
+    if device.type != "cpu":
+        return True
+    if plan.peak + (resident_bytes() or 0) - held <= plan.memory:
+        return True
+    return plan.peak + (held_bytes(device) or 0) - held <= plan.memory
+
+
+def _bytes(memory: int | str) -> int:
+    found = parse_bytes(memory) if isinstance(memory, str) else memory
+    if isinstance(found, bool) or not isinstance(cast(object, found), int) or found < 1:
+        raise InputError(f"memory={memory!r}: expected an amount such as '2GiB', or bytes as a whole number")
+    return found
+
+
+class _Planning:
+    """One plan in the making: what is missing is measured, and then a way chosen."""
+
+    def __init__(
+        self, request: Request, prober: Prober, lengths: tuple[int, ...], budget: int | None, device: torch.device
+    ) -> None:
+        self.request, self.prober, self.lengths, self.device = request, prober, lengths, device
+        self.longest = max(lengths)
+        self.held = 0
+        self._given = budget
+
+    def plan(self) -> Plan:
+        """Measure, and choose."""
+        request, longest = self.request, self.longest
+        for size in SIZES:
+            if size not in self.prober.sizes and size * CHUNKS <= longest:
+                self._measure(size, CHUNKS)
+        if not self.prober.sizes:
+            self._measure(max(1, longest // CHUNKS), min(CHUNKS, longest))
+        returns = request.head and request.differentiates  # a loss or outputs, to go back from later
+        work = Work(
+            self.lengths,
+            at_once=returns,
+            to_end=returns,
+            differentiates=request.differentiates,
+            schedule=request.options.schedule,
+            fault_seconds=fault_seconds() if self.device.type == "cpu" else 0.0,
+        )
+        while True:
+            self.held = held_bytes(self.device) or 0
+            budget = self._budget()
+            chooser = Chooser(self.prober.costs, work, slack(self.device))
+            spent = self.held + sum(request.reserved.values())
+            way = chooser.best(budget - spent)
+            if way is None:
+                raise InputError(_too_small(budget, spent, chooser.smallest()))
+            size = min(way.chunk, max(_LARGE_ENOUGH, longest // _SHARE), longest // 2)
+            if size <= 1.5 * max(self.prober.sizes):
+                return self._as_plan(chooser, way, budget, spent)
+            self._measure(size, 2)
+
+    def _budget(self) -> int:
+        if self._given is not None:
+            return self._given
+        free = free_bytes(self.device)
+        if free is None or not self.held:
+            raise InputError("memory: this system does not say how much is free; expected memory= or chunk=")
+        return self.held + free
+
+    def _measure(self, chunk: int, count: int) -> None:
+        request = self.request
+        inputs, targets, state = request.inputs, request.targets, request.options.state
+        if isinstance(inputs, list):
+            place = self.lengths.index(self.longest)
+            inputs, targets, state = (None if x is None else x[place] for x in (inputs, targets, state))
+
+        def make(tokens: int, schedule: Schedule, on_chunk: OnChunk) -> Call:
+            goals = None if targets is None else first_tokens(targets, tokens)
+            return request.call(first_tokens(inputs, tokens), goals, chunk, schedule, on_chunk, state)
+
+        self.prober.measure(make, chunk, count)
+
+    def _as_plan(self, chooser: Chooser, way: Way, budget: int, spent: int) -> Plan:
+        model = self.request.model
+        weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+        account = {"weights": weights, "everything else that was there": max(0, self.held - weights)}
+        account |= {**self.request.reserved, **way.account}
+        return Plan(
+            chunk=way.chunk,
+            schedule=way.schedule,
+            memory=budget,
+            account={name: num_bytes for name, num_bytes in account.items() if num_bytes},
+            seconds=way.seconds,
+            length=sum(self.lengths),
+            reasons=_reasons(chooser, way, budget - spent),
+        )
+
+
+def _too_small(budget: int, spent: int, way: Way) -> str:
+    name = max(way.account, key=lambda name: way.account[name])
+    return (
+        f"memory of {_mb(budget)}: expected {_mb(spent + way.num_bytes)} at least. The process holds {_mb(spent)} "
+        f"already; {_mb(way.num_bytes)} more are needed with chunks of {way.chunk:,} and "
+        f"{schedule_as_text(way.schedule)}, most of them ({_mb(way.account[name])}) for: {name}"
+    )
+
+
+def _reasons(chooser: Chooser, way: Way, num_bytes: int) -> tuple[str, ...]:
+    """Why this chunk, this schedule, this tape."""
+    work, schedule, sizes = chooser.work, way.schedule, chooser.chunks()
+    reasons = [f"chunk {way.chunk:,}: the largest of those that fit and are within 3 % of the fastest ({_at(way)})"]
+    place = sizes.index(way.chunk)
+    for other in (sizes[max(0, place - 4)], sizes[min(len(sizes) - 1, place + 4)]):
+        if other != way.chunk:
+            ways = chooser.ways(other, num_bytes)
+            best = min(ways, key=lambda one: (one.num_bytes > num_bytes, one.seconds))
+            reasons.append(
+                f"{other:,} in its place: {_at(best)}" + ("" if best.num_bytes <= num_bytes else " (too much)")
+            )
+    if not work.differentiates:
+        return tuple(reasons)
+    if work.schedule is not None:
+        reasons.append(f"{schedule_as_text(work.schedule)}: as asked for")
+    elif schedule.rolls_back:
+        reasons.append("rebuild: sums are rolled back" + (", plain tensors kept" if chooser.costs.plain else ""))
+    else:
+        reasons.append(f"{schedule_as_text(schedule)}: copies of the plain tensors for every chunk do not fit")
+    if schedule.tape:
+        without = chooser.way(way.chunk, dataclasses.replace(schedule, tape=0))
+        reasons.append(f"tape: so many graphs fit; without it {_at(without)}")
+    return tuple(reasons)
+
+
+def _at(way: Way) -> str:
+    return f"{way.seconds:.3g} s, {_mb(way.num_bytes)} more"
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"
+
+
+def _use(request: Request) -> Any:
+    """All that the costs of a chunk depend on, but for lengths and threads."""
+    options, model = request.options, request.model
+    modes = tuple(module.training for module in model.modules())
+    parameters = tuple((p.requires_grad, p.dtype, p.device) for p in model.parameters())
+    kinds = ("cpu", device_of(model).type)
+    autocast = tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
+    given = tuple(_form(x) for x in (request.inputs, request.targets, options.context, options.state))
+    loss = getattr(options.loss_fn, "__code__", type(options.loss_fn))
+    how = (
+        request.head,
+        request.differentiates,
+        request.per_token,
+        frozenset(request.sink or ()),
+        torch.get_num_threads(),
+    )
+    return modes, parameters, autocast, given, loss, how
+
+
+def _form(given: Any) -> Any:
+    """Of inputs, targets, context, state: everything but the time axis."""
+    if isinstance(given, Reader):
+        return type(given), given.batch
+    leaves = [raw_tensor(leaf) for leaf in tree.leaves(given)]
+    return frozenset((x.shape[:1], x.shape[2:], x.dtype, x.requires_grad) for x in leaves if x is not None)
+
+
+def _take_nothing(gradient: Tensor) -> None:
+    pass
