@@ -330,7 +330,8 @@ def test_data_that_is_none_is_refused(tiny: Path, tmp_path: Path) -> None:
         (("--schedule", "sometimes"), "schedule 'sometimes': expected one of"),
         (("--logging", "wandb"), "--logging wandb: expected one of none, tensorboard, trackio"),
         (("--device", "tpu"), "--device tpu: expected one of auto, cpu, cuda"),
-        (("--memory", "1GB"), "a Hugging Face model: expected no --memory"),
+        (("--memory", "much"), "expected an amount of memory"),
+        (("--memory", "1GB", "--chunk", 8), "--chunk and --memory: expected one of them"),
         (("--set", "warmup=0"), "a Hugging Face model: expected no --set"),
     ],
 )

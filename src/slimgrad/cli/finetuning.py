@@ -11,7 +11,7 @@ from slimgrad.cli.training import Options, run_finetuning
 from slimgrad.errors import InputError
 from slimgrad.runs.folder import CONFIG, split_snapshot_path
 
-OF_RUNS = ("memory", "length", "method", "settings", "data_dir")
+OF_RUNS = ("length", "method", "settings", "data_dir")
 NUMBERS = ("length", "chunk", "method", "device", "learning_rate", "steps", "seed")  # of a run's configuration
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # of a model that transformers fetches
 
@@ -22,7 +22,7 @@ def run_finetune(model: str | None, data: str | None, *, resume: Path | None, ou
     if resume is None and (model is None or data is None):
         raise InputError("slimgrad finetune: expected MODEL and DATA, or --resume RUN")
     if resume is None and model is not None and data is not None and not is_hugging_face(model):
-        _refuse(given, {*OF_RUNS, *NUMBERS}, f"{model} is a run of slimgrad: expected no", "")
+        _refuse(given, {*OF_RUNS, *NUMBERS, "memory"}, f"{model} is a run of slimgrad: expected no", "")
         numbers = {name: given[name] for name in NUMBERS if name in given}
         options = Options(
             corpus=data,

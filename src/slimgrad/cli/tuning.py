@@ -25,6 +25,7 @@ require_extra("hf", "a Hugging Face model")
 import datasets  # noqa: E402  # after what they read when they are imported
 import transformers  # noqa: E402
 
+from slimgrad.budget.available import return_large_blocks  # noqa: E402
 from slimgrad.hf.certifying import certify  # noqa: E402
 from slimgrad.hf.tuning import Settings, Tuned, finetune, resume  # noqa: E402
 from slimgrad.hf.tuning.loading import Source  # noqa: E402
@@ -36,6 +37,8 @@ def run_tuning(
     model: str | None, data: str | None, *, resume: Path | None, out: Path | None, given: dict[str, Any]
 ) -> None:
     """Fine-tune, or go on with it."""
+    if "memory" in given:
+        return_large_blocks()
     _quiet()
     console = Console(highlight=False)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from slimgrad.call.arguments import DEFAULT_CHUNK
 from slimgrad.errors import InputError, ModelError
 from slimgrad.hf.certificate import Certificate
 from slimgrad.hf.certifying import certify, inner_model
@@ -15,7 +14,8 @@ from slimgrad.sweep.schedules.base import Schedule
 def enable(
     model: nn.Module,
     *,
-    chunk: int = DEFAULT_CHUNK,
+    chunk: int | None = None,
+    memory: int | str | None = None,
     schedule: Schedule | None = None,
     certificate: Certificate | None = None,
     check: bool = True,
@@ -30,6 +30,10 @@ def enable(
     Args:
         model: a transformers model, or a PEFT model around one.
         chunk: tokens whose graph lives at once.
+        memory: in its place, what the process may hold, weights included (on a GPU: what torch's allocator reserves):
+            bytes, or text as "8GiB". The fastest plan within it is chosen by measurements, made at the first batch, and
+            anew where the process has come to hold more (an optimiser's moments). With neither, sequences of more than
+            4,096 tokens have what is free.
         schedule: how states are found again (see docs/schedules.md); `Rebuild(rows="host")` keeps keys and values in
             host memory.
         certificate: of `certify`; None: looked up, or made in about two seconds.
@@ -54,14 +58,16 @@ def enable(
     inner = inner_model(model)
     if enabled(inner):
         raise InputError("the model is enabled already; expected slimgrad.hf.disable(model) before it is enabled anew")
-    if chunk < 2:
+    if chunk is not None and memory is not None:
+        raise InputError("chunk= and memory=: expected one of them. memory= chooses the chunk")
+    if chunk is not None and chunk < 2:
         raise InputError(f"chunk={chunk}: expected at least 2, since many models take another path for one token alone")
     certificate = certificate or certify(inner)
     certificate.require_exact()
     base = inner.get_submodule(certificate.base)
     refuse_modules(base)
     _refuse_wrapped(base)
-    on_base = install(inner, certificate, chunk=chunk, schedule=schedule)
+    on_base = install(inner, certificate, chunk=chunk, memory=memory, schedule=schedule)
     if check:
         try:
             on_base.check(inner)

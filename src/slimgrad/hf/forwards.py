@@ -21,6 +21,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
 from slimgrad import api
+from slimgrad.budget.plan import Plan
+from slimgrad.budget.planning import Request, decide
+from slimgrad.call.arguments import Options
 from slimgrad.errors import InputError, ModelError
 from slimgrad.hf import mends
 from slimgrad.hf.batch import (
@@ -32,20 +35,28 @@ from slimgrad.hf.batch import (
 )
 from slimgrad.hf.certificate import Certificate
 from slimgrad.hf.configured import decisive, refuse_changed
-from slimgrad.hf.head import IGNORED, linear_loss, loss_in_pieces
+from slimgrad.hf.head import IGNORED, PIECE, linear_loss, loss_in_pieces
 from slimgrad.hf.rope import depends_on_length
 from slimgrad.hf.smoke import require_same_outputs
 from slimgrad.hf.step import BaseStep
 from slimgrad.sweep.schedules.base import Schedule
 
+_USUAL_CHUNK = 1024  # where a budget chooses: windows of as many tokens and more are rows
 _PLACE = "_slimgrad"  # where a module keeps its forward of ours, also below what somebody has put around it since
 F_ = TypeVar("F_", bound="BaseForward | CausalForward")
 
 
-def install(inner: nn.Module, certificate: Certificate, *, chunk: int, schedule: Schedule | None = None) -> BaseForward:
+def install(
+    inner: nn.Module,
+    certificate: Certificate,
+    *,
+    chunk: int | None = None,
+    memory: int | str | None = None,
+    schedule: Schedule | None = None,
+) -> BaseForward:
     """Replace the forwards, whatever the certificate says; that of the base."""
-    step = mends.step_for(inner, certificate, chunk=chunk)
-    on_base = _put(BaseForward(step.base, step, certificate, schedule))
+    step = mends.step_for(inner, certificate, chunk=chunk or _USUAL_CHUNK)
+    on_base = _put(BaseForward(step.base, step, certificate, schedule, chunk, memory))
     if step.base is not inner and certificate.head is not None:
         _put(CausalForward(inner, on_base, certificate))
     return on_base
@@ -160,9 +171,19 @@ class _Forward:
 class BaseForward(_Forward):
     """The base model's: in training and without a cache, hidden states whose backward is the reverse sweep."""
 
-    def __init__(self, base: nn.Module, step: BaseStep, certificate: Certificate, schedule: Schedule | None) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        step: BaseStep,
+        certificate: Certificate,
+        schedule: Schedule | None,
+        chunk: int | None,
+        memory: int | str | None,
+    ) -> None:
         super().__init__(base)
         self.step, self.certificate, self.schedule = step, certificate, schedule
+        self.chunk, self.memory = chunk, memory
+        self.plan: Plan | None = None  # of the latest batch, where a budget chose
         self.configured = decisive(step.config)
         self.handed_out: Tensor | None = None  # hidden states that the head is asked for, instead of a pass
         self.sweeps, self.warned = 0, False
@@ -226,7 +247,30 @@ class BaseForward(_Forward):
                 rows, time = next(iter(one.values())).shape[:2]
                 states.append({**self.step.initial_state(rows), "total": time})
         self.sweeps += len(sequences)
-        return api.outputs(self.step, sequences, chunk=chunk or self.step.chunk, schedule=self.schedule, state=states)
+        options = Options(None, 0, self.schedule, None, 1, states, None)
+        request = Request(
+            self.step,
+            sequences,
+            None,
+            options,
+            head=True,
+            differentiates=torch.is_grad_enabled(),
+            reserved=self._outside(sequences),
+        )
+        how = decide(request, chunk=chunk or self.chunk, memory=self.memory, plan=None)
+        self.plan = how.plan
+        if how.plan is not None:
+            return api.outputs(self.step, sequences, plan=how.plan, state=states)
+        return api.outputs(self.step, sequences, chunk=how.chunk, schedule=self.schedule, state=states)
+
+    def _outside(self, sequences: list[dict[str, Tensor]]) -> dict[str, int]:
+        """What a head of ours will take beside the sweep, while hidden states and graphs live: bytes."""
+        config = self.step.config.get_text_config()
+        width, dtype = int(config.hidden_size), next(self.module.parameters()).dtype
+        tokens = sum(next(iter(one.values())).shape[:2].numel() for one in sequences)
+        pieces = min(PIECE, tokens) * int(config.vocab_size) * 4 * 3  # logits, their gradient, a copy
+        weight = int(config.vocab_size) * width * 4
+        return {"hidden states' gradients": 2 * tokens * width * dtype.itemsize, "head": pieces + weight}
 
 
 def hooks_in(model: nn.Module) -> list[Any]:

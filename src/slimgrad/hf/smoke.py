@@ -71,8 +71,8 @@ def require_same_outputs(inner: nn.Module, step: BaseStep) -> None:
     if not found <= allowed:
         raise ModelError(
             f"hidden states of this {type(inner).__name__} in chunks differ from those in one pass by {found:.1e}, "
-            f"where {allowed:.1e} is expected of rounding ({own.dtype}; ways to run it whole differ by {yardstick:.1e}). Its "
-            "class is exact, so something on this model looks across tokens: an adapter, a replaced layer, a hook. "
+            f"where {allowed:.1e} is expected of rounding ({own.dtype}; whole in other ways: {yardstick:.1e}). "
+            "Its class is exact, so something on this model looks across tokens: an adapter, a replaced layer, a hook. "
             "Without this check: slimgrad.hf.enable(model, check=False)"
         )
 

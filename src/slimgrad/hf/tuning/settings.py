@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from slimgrad.call.arguments import DEFAULT_CHUNK
+from slimgrad.budget.size import parse_bytes
 from slimgrad.errors import InputError
 from slimgrad.sweep.schedules.base import Schedule
 from slimgrad.sweep.schedules.keep import Rebuild
@@ -16,7 +16,7 @@ from slimgrad.sweep.schedules.names import parse_schedule
 ADAPTER_RATE, FULL_RATE = 2e-4, 2e-5
 LOGGERS = ("none", "tensorboard", "trackio")
 # decide how a gradient is computed, or what is told of it; not which gradient
-HOW = ("chunk", "rows", "schedule", "gradient_checkpointing", "logging", "save_every", "device")
+HOW = ("chunk", "memory", "rows", "schedule", "gradient_checkpointing", "logging", "save_every", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,8 @@ class Settings:
         lora_dropout: on what enters the adapters.
         dora: weight-decomposed adapters.
         bits: 4: the frozen weights in NF4, through bitsandbytes.
-        chunk: tokens whose graph lives at once.
+        chunk: tokens whose graph lives at once; None: as the memory allows.
+        memory: what the process may hold, as "8GiB"; None: what is free.
         rows: where keys and values are: "device" or "host".
         schedule: how states are found again, by name; "auto".
         learning_rate: the highest; None: 2e-4 for adapters, 2e-5 for every weight.
@@ -57,7 +58,8 @@ class Settings:
     lora_dropout: float = 0.0
     dora: bool = False
     bits: int | None = None
-    chunk: int = DEFAULT_CHUNK
+    chunk: int | None = None
+    memory: str | None = None
     rows: str = "device"
     schedule: str = "auto"
     learning_rate: float | None = None
@@ -99,6 +101,10 @@ class Settings:
                 raise InputError(f"{flag(given[0])}: expected --lora RANK with it")
             if self.bits:
                 raise InputError("--bits 4: four bits cannot be trained themselves; expected --lora RANK with it")
+        if self.chunk is not None and self.memory is not None:
+            raise InputError("--chunk and --memory: expected one of them. --memory chooses the chunk")
+        if self.memory is not None:
+            parse_bytes(self.memory)
         if self.epochs is not None and self.steps is not None:
             raise InputError("--epochs and --steps: expected one of them")
         if self.eval is not None and self.eval_share is not None:
@@ -133,7 +139,8 @@ class Settings:
                 f"{flag(name)} {given[name]}: the run began with {before[name]}, and --resume goes on with it as it "
                 f"was. Leave it out (only {', '.join(flag(n) for n in HOW)} may change), or begin a new run"
             )
-        return replace(self, **{name: x for name, x in given.items() if name in HOW})
+        dials: dict[str, Any] = dict.fromkeys({"chunk", "memory"} if {"chunk", "memory"} & given.keys() else ())
+        return replace(self, **dials | {name: x for name, x in given.items() if name in HOW})
 
     def to_dict(self) -> dict[str, Any]:
         """For a run's record."""

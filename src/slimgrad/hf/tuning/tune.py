@@ -178,7 +178,8 @@ class _Work:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         saved = 4 * trained if settings.lora else sum(p.numel() * p.element_size() for p in model.parameters())
         folder.require_space((KEPT + 1) * (saved + _MOMENTS * trained) + saved, "checkpoints and the result")
-        enable(model, chunk=settings.chunk, schedule=settings.made_schedule(), certificate=self.certificate)
+        how: dict[str, Any] = {"chunk": settings.chunk, "memory": settings.memory}
+        enable(model, **how, schedule=settings.made_schedule(), certificate=self.certificate)
         self.say("smoke check", "on its own weights, whole and in chunks: the same hidden states up to rounding")
         return model
 
@@ -196,7 +197,10 @@ class _Work:
         device = next(model.parameters()).device.type
         self.say("training", f"{kind}: {trained:,} numbers, {dtype} on {device}")
         inside = ", activations checkpointed inside it" if settings.gradient_checkpointing else ""
-        self.say("chunk", f"{settings.chunk:,} tokens: only one chunk's graph lives at once{inside}")
+        chunk = (
+            f"as {settings.memory or 'what is free'} allows" if settings.chunk is None else f"{settings.chunk:,} tokens"
+        )
+        self.say("chunk", f"{chunk}: only one chunk's graph lives at once{inside}")
         self.say("schedule", f"{settings.schedule}; keys and values on the {settings.rows}")
         together = settings.batch * settings.accumulate
         each = "1 document each" if together == 1 else f"{together} documents each"
@@ -308,6 +312,6 @@ def _out_of_memory(settings: Settings) -> Generator[None]:
         if not is_allocation_failure(error):
             raise
         raise MemoryLimitError(
-            f"memory ran out. A smaller --chunk (now {settings.chunk:,}) needs less; so do --gradient-checkpointing, "
-            "--rows host (on a GPU) and --lora with --bits 4"
+            "memory ran out. A smaller --chunk or --memory needs less; so do --gradient-checkpointing, --rows host (on "
+            "a GPU) and --lora with --bits 4"
         ) from error
