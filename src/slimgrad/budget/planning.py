@@ -156,6 +156,31 @@ def make_plan(request: Request, memory: int | str | None) -> Plan:
     return known.plans[wanted][0]
 
 
+def chooser_for(request: Request, memory: int | str | None) -> tuple[Plan, Chooser]:
+    """The plan of `make_plan`, and what it was chosen from, to look at other ways; raises as that does.
+
+    What the plan's account has beside its own way (`chooser.way(plan.chunk, plan.schedule)`) is there with any other.
+    """
+    plan = make_plan(request, memory)
+    known = _known[request.model][_use(request), slack(device_of(request.model)).threshold]
+    return plan, _chooser(request, known.prober)
+
+
+def _chooser(request: Request, prober: Prober) -> Chooser:
+    """Over what was measured so far."""
+    device = device_of(request.model)
+    returns = request.head and request.differentiates  # a loss or outputs, to go back from later
+    work = Work(
+        lengths_of(request.inputs),
+        at_once=returns,
+        to_end=returns,
+        differentiates=request.differentiates,
+        schedule=request.options.schedule,
+        fault_seconds=fault_seconds() if device.type == "cpu" else 0.0,
+    )
+    return Chooser(prober.costs, work, slack(device))
+
+
 def _prober(request: Request, device: torch.device) -> Prober:
     return Prober(head=request.head, differentiates=request.differentiates, threshold=slack(device).threshold)
 
@@ -205,19 +230,10 @@ class _Planning:
                 self._measure(size, CHUNKS)
         if not self.prober.sizes:
             self._measure(max(1, longest // CHUNKS), min(CHUNKS, longest))
-        returns = request.head and request.differentiates  # a loss or outputs, to go back from later
-        work = Work(
-            self.lengths,
-            at_once=returns,
-            to_end=returns,
-            differentiates=request.differentiates,
-            schedule=request.options.schedule,
-            fault_seconds=fault_seconds() if self.device.type == "cpu" else 0.0,
-        )
         while True:
             self.held = held_bytes(self.device) or 0
             budget = self._budget()
-            chooser = Chooser(self.prober.costs, work, slack(self.device))
+            chooser = _chooser(request, self.prober)
             spent = self.held + sum(request.reserved.values())
             way = chooser.best(budget - spent)
             if way is None:
