@@ -20,6 +20,7 @@ from benchmarks.measure import LiveBytes
 from torch import Tensor, nn
 
 import slimgrad as sg
+from slimgrad.call import saving
 from slimgrad.call.saving import read_document, write_document
 from tests.call.segments import TOKENS, bits, built, different, finished, saved_at, segment
 
@@ -122,6 +123,18 @@ def test_a_file_is_on_the_disk_before_its_name_is(two_saves: tuple[Path, sg.Segm
     said = [re.sub("progress-.*pt", "the old one", line) for line in said if line not in missing]
     expected = ["fsync " + data, "replace " + data, "fsync saved", "fsync " + record, "replace " + record]
     assert said == [*expected, "fsync saved", "unlink the old one"]
+
+
+def test_new_folders_are_on_the_disk_as_well(tmp_path: Path) -> None:
+    """Else a power cut takes them, with all that is in them."""
+    said = list[Path]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "push_to_disk", said.append)
+        write_document(tmp_path / "gradient" / "step", {})
+        assert said[1:] == [tmp_path / "gradient" / "step", tmp_path / "gradient", tmp_path]
+        said.clear()
+        write_document(tmp_path / "gradient" / "step", {})
+        assert said[1:] == [tmp_path / "gradient" / "step"]
 
 
 def test_no_room_leaves_what_was_saved_before(two_saves: tuple[Path, sg.Segment, list[dict[str, Any]]]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slimgrad import InputError
-from slimgrad.data import Documents
+from slimgrad.data import Documents, FileBytes
 
 PARTS = st.lists(st.binary(min_size=1, max_size=9), min_size=1, max_size=6)
 
@@ -36,6 +38,25 @@ def test_read_is_a_slice_of_the_concatenation(parts: list[bytes], data: st.DataO
     start = data.draw(st.integers(0, len(whole)))
     stop = data.draw(st.integers(start, len(whole)))
     assert as_bytes(text.read(start, stop)) == whole[start:stop]
+
+
+@given(PARTS, st.data())
+def test_files_are_read_and_cut_as_tensors_are(parts: list[bytes], data: st.DataObject) -> None:
+    whole = b"".join(parts)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, str(number)) for number in range(len(parts))]
+        for path, part in zip(paths, parts, strict=True):
+            path.write_bytes(b"before" + part + b"after")
+        text = Documents(FileBytes(path, 6, 6 + len(part)) for path, part in zip(paths, parts, strict=True))
+        found = [text]
+        if len(whole) > 1:
+            found = list(text.cut(data.draw(st.integers(1, len(whole) - 1))))
+        assert b"".join(as_bytes(one.read(0, len(one))) for one in found) == whole
+        start = data.draw(st.integers(0, len(found[-1])))
+        stop = data.draw(st.integers(start, len(found[-1])))
+        offset = len(whole) - len(found[-1])
+        assert as_bytes(found[-1].read(start, stop)) == whole[offset + start : offset + stop]
+        assert b"".join(map(as_bytes, text.pieces(0, len(text), 4))) == whole
 
 
 @given(PARTS, st.data())

@@ -62,6 +62,7 @@ def write_document(folder: Path, document: dict[str, Any]) -> None:
     """
     partial = folder / f"{PARTIAL}progress"
     with storage_errors(folder):
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("wb") as file:
@@ -72,7 +73,8 @@ def write_document(folder: Path, document: dict[str, Any]) -> None:
             push_to_disk(partial)
             name = f"progress-{hashing.hash.hexdigest()[:16]}.pt"
             partial.replace(folder / name)
-            push_to_disk(folder)
+            for path in (folder, *(path.parent for path in new)):
+                push_to_disk(path)
         finally:
             partial.unlink(missing_ok=True)
     record = {"format": _FORMAT, "file": name, "bytes": hashing.num_bytes, "sha256": hashing.hash.hexdigest()}
