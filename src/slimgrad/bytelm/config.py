@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
+from slimgrad.budget.size import parse_bytes
 from slimgrad.bytelm.device import Device
 from slimgrad.bytelm.gradient import Method
 from slimgrad.data import Order
@@ -80,6 +81,13 @@ class TrainConfig:
     chunk: Annotated[
         int, _explained("Bytes whose graph lives at once: what decides the memory of chunked gradients.", ge=1)
     ]
+    memory: Annotated[
+        str | None,
+        _explained(
+            "What the process may hold, weights included, as 2GiB or 500MB: chunk and schedule are then chosen by "
+            "measurements, as the fastest within it. Without it, or --chunk, the preset's chunk."
+        ),
+    ] = None
     schedule: Annotated[
         str,
         _explained("States to keep: auto, rebuild, keep, every:K or binomial:SLOTS; @disk or @FOLDER: there."),
@@ -151,6 +159,8 @@ class TrainConfig:
             raise InputError(
                 f"length={self.length}: expected an even number of at least 4 for copying, and no documents"
             )
+        if self.memory is not None:
+            parse_bytes(self.memory)
         parse_schedule(self.schedule)
 
     def step_lengths(self) -> list[int]:
