@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -16,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import slimgrad as sg
+from slimgrad.budget.live import LiveBytes
 from slimgrad.budget.measure import MALLOC, call_in_child, measure_peak
 from slimgrad.bytelm.gradient import layers_computed_twice
 from slimgrad.bytelm.presets import get_preset
@@ -60,36 +58,6 @@ class Case:
             return
         with layers_computed_twice(model) if self.method == "checkpoint" else nullcontext():
             plain_backward(model, tokens, targets)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensor storages made within it and still alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._note((args, kwargs), ours=False)  # what existed before is not ours: parameters, tokens
-        result = func(*args, **(kwargs or {}))
-        self._note(result, ours=True)
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def _note(self, tensors: Any, *, ours: bool) -> None:
-        for x in tree_leaves(tensors):
-            if isinstance(x, torch.Tensor):
-                storage = x.untyped_storage()
-                key, nbytes = storage._cdata, storage.nbytes() if ours else 0
-                if key not in self._seen:
-                    self._seen.add(key)
-                    self.live += nbytes
-                    weakref.finalize(storage, self._freed, key, nbytes)
-
-    def _freed(self, key: int, nbytes: int) -> None:
-        self._seen.discard(key)
-        self.live -= nbytes
 
 
 def count_flops(case: Case) -> int:

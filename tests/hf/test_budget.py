@@ -1,4 +1,4 @@
-"""A budget in place of a chunk: the same gradients, whatever plan it buys, and a plan that is made anew when it must."""
+"""A budget in place of a chunk: the same gradients, whatever plan it buys, and a plan that is made anew in time."""
 
 from __future__ import annotations
 
