@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from slimgrad.sweep.compiled import not_traced
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages made within it and still alive, and their peak.
@@ -35,6 +37,7 @@ class LiveBytes(TorchDispatchMode):
         """The peak begins anew from what is alive now."""
         self.peak, self.peak_small = self.live, self.small
 
+    @not_traced
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._note((args, kwargs), ours=False)  # what existed before is not ours: parameters, tokens
         result = func(*args, **(kwargs or {}))
