@@ -82,7 +82,7 @@ def backward(
         ModelError: the model does not follow the protocol, or a gradient would be lost.
         SweepError: the gradient would not be exact (StateMismatchError, NonFiniteError).
         MemoryLimitError: a chunk does not fit into memory, and cannot be taken in parts (which is tried, and logged).
-        StorageError: states that are kept on disk find no room.
+        StorageError: states that are kept on disk find no room, or are read back with other bytes.
         In each case `.grad` is as it was; what a sink took before stays taken.
 
     Cost: plain backpropagation plus one forward pass without heads; memory of one chunk's graph, the kept states, the

@@ -12,7 +12,7 @@ Exception
     │   ├── NonFiniteError           a NaN or an infinity reached a state
     │   └── ConsumedError            a run that was already reversed, or whose parameters changed since
     └── RunError(RuntimeError)       a run cannot go on; what was there before is as it was
-        ├── StorageError             a file (a snapshot, kept states) cannot be written: no space, a quota, a lost disk
+        ├── StorageError             a file (a snapshot, kept states) cannot be written, or read back as it was
         └── MemoryLimitError         the memory that was stated is not enough
 ```
 
@@ -61,7 +61,7 @@ class RunError(SlimgradError, RuntimeError):
 
 
 class StorageError(RunError):
-    """A file cannot be written: of a training run, or of the states that a schedule keeps on disk."""
+    """A file cannot be written, or read back as it was: of a run, or of the states that a schedule keeps on disk."""
 
 
 class MemoryLimitError(RunError):
