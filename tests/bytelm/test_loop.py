@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -142,3 +143,14 @@ def test_a_gradient_that_is_no_number_moves_no_parameter(monkeypatch: pytest.Mon
     with pytest.raises(sg.NonFiniteError, match=r"step 1: expected a finite loss and gradient, got loss 1\.0 and"):
         train(tiny(), corpus())
     assert all(torch.equal(value, before[name]) for name, value in seen[0].state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"windows": "documents", "batch": 2}, {"batch": 3}, {"method": "plain"}, {"method": "checkpoint"}]
+)
+def test_what_is_read_as_it_is_used_trains_the_same(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training and in validation, across the edges of documents."""
+    config = tiny(steps=2, windows="random").replace(**changes)
+    expected = train(config, documents(150, 90, 300, 170)).rows
+    monkeypatch.setattr("slimgrad.data.documents.AT_ONCE", 10)
+    assert timeless(train(config, documents(150, 90, 300, 170)).rows) == timeless(expected)

@@ -236,6 +236,11 @@ def test_the_whole_text_is_one_sequence(documents: Path, tmp_path: Path) -> None
     assert row["bits"] == pytest.approx(float(loss.detach()) / math.log(2), rel=1e-5)
 
 
+def test_a_model_is_adapted_to_a_whole_text_too(fox: Path, trained: Path, tmp_path: Path) -> None:
+    succeed("finetune", trained, fox, "--length", "all", "--steps", 1, "--out", tmp_path / "run")
+    assert [row["num_bytes"] for row in rows(tmp_path / "run")] == [len(FOX) - len(FOX) // 10]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
