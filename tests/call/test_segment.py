@@ -346,3 +346,21 @@ def test_targets_that_change_between_the_sweeps_are_noticed() -> None:
     targets[1, 3] = 2
     with pytest.raises(sg.ConsumedError, match="targets, tokens 0 to 7: other values were read"):
         one.reverse()
+
+
+def test_a_budget_and_its_plan_after_a_load(tmp_path: Path) -> None:
+    """The plan goes with what is saved, and the gradient goes on with its chunk."""
+    tokens = torch.randint(13, (1, 700))
+    expected = sg.backward(built("sums"), tokens, memory="4GiB")
+    model, loaded = built("sums"), built("sums")
+    torch.manual_seed(5)
+    segment = sg.Segment(model, tokens, memory="4GiB")
+    segment.forward()
+    segment.save(tmp_path)
+    again = sg.Segment.load(tmp_path, loaded, tokens)
+    results = [segment.reverse(), again.reverse()]
+    assert results[0].plan is not None
+    assert results[0].plan == results[1].plan
+    assert results[0].schedule == results[1].schedule == results[0].plan.schedule
+    assert float(results[1].loss) == float(results[0].loss) == pytest.approx(float(expected.loss), rel=1e-12)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))

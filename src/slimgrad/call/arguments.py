@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from slimgrad.sweep.schedules.default import choose_schedule
 from slimgrad.budget.plan import Plan
 from slimgrad.call.cudagraphs import refuse_cuda_graphs
 from slimgrad.call.model import SharedModel
@@ -30,6 +29,7 @@ from slimgrad.sweep.progress import Progress
 from slimgrad.sweep.random import derive_seed, draw_seed, in_turn
 from slimgrad.sweep.run import Cotangents, Run
 from slimgrad.sweep.schedules.base import Schedule
+from slimgrad.sweep.schedules.default import choose_schedule
 
 logger = logging.getLogger("slimgrad")
 INITIAL = "the initial state"
@@ -140,6 +140,7 @@ class Call:
         if isinstance(chunk, bool) or not isinstance(cast(object, chunk), int) or chunk < 1:
             raise InputError(f"chunk={chunk!r}: expected a whole number of tokens, at least 1")
         self._options, self._schedule, self.context = options, options.schedule, options.context
+        self.plan = options.plan
         self.is_list = isinstance(inputs, list)
         self._given = cast("list[Any]", inputs) if self.is_list else [inputs]
         if not self._given:
@@ -228,8 +229,8 @@ class Call:
             logger.info("schedule: %s", reason)
         moves = Moves(program.cut, self._schedule if differentiates else None, to_end=to_end)
         parts = {"collected": program.collected} | ({} if self.gather is None else {"gathered": self.gather})
-        plan = self._options.plan
-        progress = Progress(state, moves, seed=program.seed, parts=parts, plan=None if plan is None else plan.to_dict())
+        plan = None if self.plan is None else self.plan.to_dict()
+        progress = Progress(state, moves, seed=program.seed, parts=parts, plan=plan)
         return Started(
             Run(program, progress, on_chunk=self._options.on_chunk, differentiates=differentiates), program, made
         )
@@ -323,7 +324,7 @@ class Call:
             num_targets=self.num_targets,
             metrics=metrics,
             schedule=self._schedule,
-            plan=self._options.plan,
+            plan=self.plan,
             final_state=as_given(final_states),
             initial_state_grad=as_given(initial_grads),
             input_grads=None if initial_grads is None else as_given([one.input_grads for one in self.sequences]),

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimgrad.budget.plan import Plan
+from slimgrad.budget.planning import Request, decide
 from slimgrad.call.arguments import DEFAULT_CHUNK, Call, Options, Result, Started, logger
 from slimgrad.call.guard import CalledWith
 from slimgrad.call.identity import differences, identity_of
@@ -47,9 +49,9 @@ class Segment:
     """One sequence (or part of one), and its gradient as far as it has come.
 
     Args:
-        model, inputs, targets, context, chunk, schedule, loss_fn, state, on_chunk, sink: as in `backward`; the inputs
-            are one sequence. To save on the way, call `save` from `on_chunk`, which may be a method of the caller's, or
-            set `segment.on_chunk` later.
+        model, inputs, targets, context, chunk, memory, plan, schedule, loss_fn, state, on_chunk, sink: as in
+            `backward`; the inputs are one sequence. To save on the way, call `save` from `on_chunk`, which may be a
+            method of the caller's, or set `segment.on_chunk` later.
         final_state: whether `forward` gives the state after the last token. False: it gives None, and the last chunk is
             not run forward for it.
 
@@ -68,7 +70,9 @@ class Segment:
         targets: Any = None,
         *,
         context: Any = None,
-        chunk: int = DEFAULT_CHUNK,
+        chunk: int | None = None,
+        memory: int | str | None = None,
+        plan: Plan | None = None,
         schedule: Schedule | None = None,
         loss_fn: LossFn | None = None,
         state: Any = None,
@@ -82,7 +86,9 @@ class Segment:
         self.on_chunk = on_chunk
         self._given_state, self._to_end = state, final_state
         self._loss_fn = loss_fn or cross_entropy_sum
-        options = Options(context, chunk, schedule, self._loss_fn, "targets", state, self._tell)
+        options = Options(context, DEFAULT_CHUNK, schedule, self._loss_fn, "targets", state, self._tell)
+        request = Request(model, inputs, targets, options, sink)
+        options = decide(request, chunk=chunk, memory=memory, plan=plan)
         self._call = Call(model, inputs, targets, options, gathers=True, sink=sink, collect_in="reverse")
         self._call.require_something_to_differentiate()
         program = self._call.sequences[0]
@@ -258,6 +264,8 @@ class Segment:
             )
         segment._folder = Path(folder)
         segment._go_on_from(document)
+        plan = segment._started.run.progress.plan
+        segment._call.plan = None if plan is None else Plan.from_dict(plan)
         return segment
 
     def _go_on_from(self, document: dict[str, Any]) -> None:

@@ -23,6 +23,8 @@ def version(x: Tensor) -> int:
 class Kept:
     """A kept tensor, shared by the slots between which it did not change (a constant is kept once)."""
 
+    __slots__ = ("handle", "owner", "users")  # there may be one for each chunk
+
     def __init__(self, handle: Handle, owner: Tensor | None = None) -> None:
         self.handle, self.users = handle, 0
         # what was copied: while it lives, the same object needs no second copy

@@ -30,6 +30,7 @@ class ValueCarrier(Carrier):
                 "of its tensors as the state"
             )
         self.value = self._returned = initial
+        self._token = (initial,)  # the same for all slots between which it did not change
 
     def _bind(self) -> Any:
         self._returned = self.value
@@ -57,7 +58,9 @@ class ValueCarrier(Carrier):
         self._returned = self.value
 
     def keep(self, store: Store, *, whole: bool) -> tuple[Any]:
-        return (self.value,)
+        if self._token[0] is not self.value:
+            self._token = (self.value,)
+        return self._token
 
     def load(self, store: Store, token: tuple[Any], position: int) -> None:
         (self.value,), self.position = token, position

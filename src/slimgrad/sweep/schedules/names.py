@@ -11,11 +11,15 @@ from typing import Any
 from slimgrad.errors import InputError
 from slimgrad.sweep.kinds import subclasses
 from slimgrad.sweep.schedules.base import Schedule
+from slimgrad.sweep.schedules.binomial import Binomial
+from slimgrad.sweep.schedules.every import Every
+from slimgrad.sweep.schedules.keep import Keep, Rebuild
 
 
 def _by_name() -> dict[str, tuple[Callable[..., Schedule], str]]:
     """Every schedule, and the number that it takes (or ""), by its name in lower case."""
-    numbers = {kind: [f.name for f in fields(kind) if not f.kw_only] for kind in subclasses(Schedule)}
+    kinds = dict.fromkeys([Rebuild, Keep, Every, Binomial, *subclasses(Schedule)])
+    numbers = {kind: [f.name for f in fields(kind) if not f.kw_only] for kind in kinds}
     return {kind.__name__.lower(): (kind, " ".join(names)) for kind, names in numbers.items()}
 
 
