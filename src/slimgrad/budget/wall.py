@@ -8,6 +8,8 @@ not. Beside what is resident these are the stacks of threads, reserved whole, wh
 and holes of the heap that were given back. While plans were made and carried out under malloc as commands set it, 90 to
 160 MB more than what was resident. So the wall stands a quarter of the budget beyond it, 256 MiB at least, and the
 stacks that are still to come: no plan that keeps to its budget touches it, and what runs away goes no farther.
+
+Without a plan the wall is all there is. Then it stands at the budget itself: what is held but not resident is lost.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ _LEAST, _SHARE = 256 << 20, 4
 _STACK = 8 << 20  # where the stacks of threads have no limit
 
 
-def set_wall(budget: int) -> int | None:
+def set_wall(budget: int, *, has_plan: bool = True) -> int | None:
     """Limit this process, and its children, to what a budget of resident memory can need. There is no way back.
 
     Args:
         budget: bytes that may be resident.
+        has_plan: whether something else keeps to the budget.
 
     Returns:
         The limit on its data in bytes. None where none was set: the platform has none, the process holds more than the
@@ -40,7 +43,7 @@ def set_wall(budget: int) -> int | None:
     resource = cast(Any, importlib.import_module("resource"))
     stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
     stacks = 2 * (torch.get_num_threads() + 1) * (_STACK if stack == resource.RLIM_INFINITY else stack)
-    wall = data + budget - resident + max(_LEAST, budget // _SHARE) + stacks
+    wall = data + budget - resident + (max(_LEAST, budget // _SHARE) + stacks if has_plan else 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if any(limit not in (resource.RLIM_INFINITY, -1) and limit <= wall for limit in (soft, hard)):
         return None

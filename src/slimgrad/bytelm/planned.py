@@ -6,17 +6,17 @@ sequences, since a whole one may not fit.
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from slimgrad.budget.available import slack
 from slimgrad.budget.live import LiveBytes
-from slimgrad.budget.measure import measure_seconds
+from slimgrad.budget.measure import measure_in_turn
 from slimgrad.budget.plan import Plan
 from slimgrad.budget.planning import Request, make_plan
 from slimgrad.budget.probe import as_it_was
@@ -24,7 +24,7 @@ from slimgrad.budget.process import resident_bytes
 from slimgrad.budget.size import parse_bytes
 from slimgrad.bytelm.config import TrainConfig
 from slimgrad.bytelm.device import pick_device
-from slimgrad.bytelm.gradient import add_gradient
+from slimgrad.bytelm.gradient import Method, add_gradient
 from slimgrad.bytelm.loop import autocast, build_model
 from slimgrad.call.arguments import DEFAULT_CHUNK, Options
 from slimgrad.call.losses import cross_entropy_sum
@@ -34,6 +34,8 @@ from slimgrad.models.performer import Performer
 from slimgrad.sweep.schedules.names import parse_schedule, schedule_as_text
 
 PROBED = (256, 512)  # bytes of the sequences from which other methods' costs are extrapolated
+PIECE_BYTES = 1 << 16  # of a text that is evaluated within a budget: read at once, and the largest chunk
+_READ = 12  # bytes of memory for each of them: itself, joined with the byte before, and as int64 target
 _TIMES = 2
 _MOMENTS = 2  # of AdamW, each as large as the parameters
 _COPYING = 24  # bytes of memory for each symbol of the copying task: int64 sequence and targets, and what makes them
@@ -99,6 +101,20 @@ def plan_run(config: TrainConfig) -> Plan | None:
         return make_plan(gradient_request(config, model), config.memory)
 
 
+def plan_evaluation(model: Performer, memory: str, num_bytes: int | None) -> Plan:
+    """The plan of evaluating a sequence of so many bytes (None: nobody knows) within a budget, in pieces that are read.
+
+    Its time is for `PIECE_BYTES`, or for all where that is less. Raises `InputError` as `plan_run` does.
+    """
+    length = PIECE_BYTES if num_bytes is None else max(2, min(num_bytes, PIECE_BYTES))
+    options = Options(None, DEFAULT_CHUNK, None, cross_entropy_sum, "targets", None, None)
+    reserved = {"text": _READ * length}
+    return make_plan(
+        Request(model, RandomBytes(1, length), None, options, head=True, differentiates=False, reserved=reserved),
+        memory,
+    )
+
+
 def as_planned(config: TrainConfig, plan: Plan | None) -> TrainConfig:
     """The configuration with the plan's chunk and schedule."""
     return config if plan is None else config.replace(chunk=plan.chunk, schedule=schedule_as_text(plan.schedule))
@@ -119,36 +135,41 @@ class Extrapolated:
     from_lengths: tuple[int, ...]
 
 
-def extrapolate(
-    config: TrainConfig, model: Performer, method: Literal["plain", "checkpoint"], length: int
-) -> Extrapolated:
-    """What one gradient of a run takes by a method that holds the whole sequence.
+def extrapolate(config: TrainConfig, model: Performer, length: int) -> dict[Method, Extrapolated]:
+    """What one gradient of a run takes by the methods that hold the whole sequence.
 
     Bytes and seconds of two short sequences, and a straight line through them: with sums as state both are linear in
     the length. Live bytes are counted; the allocator's share is that of large blocks.
     """
+    methods: tuple[Method, ...] = ("plain", "checkpoint")
     lengths = tuple(min(probed, max(2, length * probed // PROBED[-1])) for probed in PROBED)
-    live: list[float] = []
-    seconds: list[float] = []
+    live: dict[Method, list[float]] = {method: [] for method in methods}
+    seconds: dict[Method, list[float]] = {method: [] for method in methods}
+    device = model.head.weight.device
     with as_it_was(model), autocast(config, model):
         for probed in lengths:
             batch = Batch(RandomBytes(config.batch, probed).read(0, probed))
 
-            def work(batch: Batch = batch) -> None:
+            def work(method: Method, batch: Batch = batch) -> None:
                 model.zero_grad()
                 add_gradient(model, batch, method=method, chunk=1, schedule=None, normalizer=1.0)
 
-            work()  # warms up
-            model.zero_grad()
-            gc.collect()
-            with LiveBytes() as counted:
-                work()
-            live.append(counted.peak)
-            seconds.append(min(measure_seconds(work, model.head.weight.device.type) for _ in range(_TIMES)))
+            works = {method: functools.partial(work, method) for method in methods}
+            taken = measure_in_turn(works, _TIMES, device.type)
+            for method in methods:
+                seconds[method].append(min(taken[method]))
+                model.zero_grad()
+                gc.collect()
+                with LiveBytes() as counted:
+                    work(method)
+                live[method].append(counted.peak)
     model.zero_grad()
-    num_bytes = _line(lengths, live, length)
-    num_bytes += slack(model.head.weight.device).of(num_bytes, 0)
-    return Extrapolated(int(num_bytes), _line(lengths, seconds, length), lengths)
+    found: dict[Method, Extrapolated] = {}
+    for method in methods:
+        num_bytes = _line(lengths, live[method], length)
+        num_bytes += slack(device).of(num_bytes, 0)
+        found[method] = Extrapolated(int(num_bytes), _line(lengths, seconds[method], length), lengths)
+    return found
 
 
 def _line(lengths: tuple[int, ...], values: list[float], length: int) -> float:

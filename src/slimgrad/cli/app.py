@@ -100,7 +100,7 @@ def _root(  # pyright: ignore[reportUnusedFunction]
 @app.command()
 @with_numbers(
     dict.fromkeys((
-        "chunk", "schedule", "method", "windows", "batch", "accumulate", "device", "precision",
+        "chunk", "memory", "schedule", "method", "windows", "batch", "accumulate", "device", "precision",
         "learning_rate", "steps", "eval_every", "save_every", "seed",
     ))
 )  # fmt: skip
@@ -209,7 +209,7 @@ def finetune(
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="Of a run: most data this process may hold, e.g. 500MB; enforced by the kernel (Linux)."),
+        typer.Option(help="What this process may hold, as 2GiB or 500MB: chunk and schedule are then chosen."),
     ] = None,
     length: Annotated[
         Any,
@@ -245,14 +245,19 @@ def finetune(
 def evaluate(
     run: RunArgument,
     file: Annotated[str, typer.Argument(help="The text: a file of any size, - for standard input, or a folder.")],
-    chunk: Annotated[int, typer.Option(help="Bytes that go through the model at once.")] = 1024,
+    chunk: Annotated[
+        int | None, typer.Option(help="Bytes that go through the model at once.", show_default="1024")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="In its place, what the process may hold, as 2GiB or 500MB.")
+    ] = None,
     numbers: Numbers = MappingProxyType({}),
 ) -> None:
     """Bits per byte over a file as one sequence, streamed: memory does not depend on its size."""
     with one_clear_message():
         from slimgrad.cli.evaluating import run_evaluation
 
-        run_evaluation(run, file, chunk=chunk, device=numbers.get("device", "auto"))
+        run_evaluation(run, file, chunk=chunk, memory=memory, device=numbers.get("device", "auto"))
 
 
 @app.command()
@@ -296,6 +301,33 @@ def verify(
 
         if not run_verification(model, length=length, chunk=chunk, dtype=dtype):
             raise typer.Exit(1)
+
+
+@app.command()
+@with_numbers({"device": None})
+def plan(
+    model: Annotated[str, typer.Argument(metavar="PRESET|RUN", help="A preset, or what was trained: a run's folder.")],
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence.", min=2, show_default="the preset's or the run's")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What the process may hold, as 2GiB or 500MB.", show_default="nine tenths of what is free"),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Sequences side by side.", min=1, show_default="the preset's or the run's")
+    ] = None,
+    chunk: Annotated[int | None, typer.Option(help="Show what chunks of so many tokens would take beside it.")] = None,
+    numbers: Numbers = MappingProxyType({}),
+    out: Annotated[Path | None, typer.Option(help="A PNG file for the picture.")] = None,
+) -> None:
+    """What a budget buys: chunk, schedule, time and every byte of the account, beside other chunks and methods."""
+    with one_clear_message():
+        from slimgrad.cli.planning import run_planning
+
+        run_planning(
+            model, memory=memory, length=length, batch=batch, chunk=chunk, device=numbers.get("device", "auto"), out=out
+        )
 
 
 @app.command()

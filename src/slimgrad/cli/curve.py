@@ -9,7 +9,7 @@ from uniplot import plot_to_string
 
 from slimgrad.bytelm import Row
 
-_ASCII_FRAME = str.maketrans("┌┐└┘─│", "++++-|")  # which uniplot has in Unicode only
+ASCII_FRAME = str.maketrans("┌┐└┘─│", "++++-|")  # which uniplot has in Unicode only
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -29,7 +29,7 @@ def sketch(values: Sequence[float], *, width: int = 60, height: int = 8, unicode
         list(values), range(1, len(values) + 1), lines=True, width=width, height=height, color=False, x_gridlines=[],
         y_gridlines=[], character_set="braille" if unicode else "ascii",
     )  # fmt: skip
-    return [line.rstrip() for line in (drawn if unicode else drawn.translate(_ASCII_FRAME)).splitlines()]
+    return [line.rstrip() for line in (drawn if unicode else drawn.translate(ASCII_FRAME)).splitlines()]
 
 
 def picture(rows: Sequence[Row], title: str) -> bytes:

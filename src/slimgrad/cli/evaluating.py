@@ -15,20 +15,31 @@ from torch import Tensor
 
 from slimgrad.budget.process import peak_resident_bytes
 from slimgrad.bytelm import CHUNKS_IN_A_PIECE, Evaluated, evaluate_stream, open_model, pick_device, read_pieces
+from slimgrad.bytelm.planned import PIECE_BYTES, plan_evaluation
+from slimgrad.cli.budgeted import keep_within, peak_in_words
 from slimgrad.cli.words import megabytes
 from slimgrad.data import load_corpus
 from slimgrad.errors import InputError
 
 STDIN = "-"
+CHUNK = 1024  # without a budget
 
 
-def run_evaluation(run: Path, source: str, *, chunk: int, device: str) -> None:
+def run_evaluation(run: Path, source: str, *, chunk: int | None, memory: str | None, device: str) -> None:
     """Print bits per byte; progress goes to standard error where that is a terminal, and then makes room."""
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise InputError(f"--chunk {chunk}: expected at least 1")
+    if chunk is not None and memory is not None:
+        raise InputError("--chunk and --memory: expected one of them. --memory chooses the chunk")
+    keep_within(memory, device, trains=False)
     model, _ = open_model(run)
     model.to(pick_device(device))
-    sequences, total = _sequences(source, chunk * CHUNKS_IN_A_PIECE)
+    plan, piece = None, (chunk or CHUNK) * CHUNKS_IN_A_PIECE
+    if memory is not None:
+        plan = plan_evaluation(model, memory, _bytes_of(source))
+        chunk, piece = plan.chunk, plan.chunk * max(1, PIECE_BYTES // plan.chunk)
+    chunk = chunk or CHUNK
+    sequences, total = _sequences(source, piece)
     began = time.perf_counter()
     found = Evaluated()
     columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeRemainingColumn(), TextColumn("left"))
@@ -52,8 +63,16 @@ def run_evaluation(run: Path, source: str, *, chunk: int, device: str) -> None:
     print(f"{found.bits_per_byte:.4f} bits per byte: {source}, {found.num_bytes:,} bytes {as_what}")
     print(
         f"{found.predicted:,} bytes predicted in {seconds:,.0f} s ({found.num_bytes / seconds:,.0f} bytes/s), "
-        f"at most {megabytes(peak_resident_bytes())} resident"
+        + (f"at most {megabytes(peak_resident_bytes())} resident" if memory is None else f"chunks of {chunk:,}")
     )
+    if memory is not None:
+        print(peak_in_words(memory, plan))
+
+
+def _bytes_of(source: str) -> int | None:
+    """Of one file, where that can be told."""
+    path = Path(source)
+    return path.stat().st_size if source != STDIN and path.is_file() else None
 
 
 def _sequences(source: str, piece_bytes: int) -> tuple[Iterator[Iterable[Tensor]], int | None]:

@@ -12,7 +12,8 @@ from slimgrad.errors import InputError
 from slimgrad.runs.folder import CONFIG, split_snapshot_path
 
 OF_RUNS = ("length", "method", "settings", "data_dir")
-NUMBERS = ("length", "chunk", "method", "device", "learning_rate", "steps", "seed")  # of a run's configuration
+# of a run's configuration
+NUMBERS = ("length", "chunk", "memory", "method", "device", "learning_rate", "steps", "seed")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # of a model that transformers fetches
 
 
@@ -22,7 +23,7 @@ def run_finetune(model: str | None, data: str | None, *, resume: Path | None, ou
     if resume is None and (model is None or data is None):
         raise InputError("slimgrad finetune: expected MODEL and DATA, or --resume RUN")
     if resume is None and model is not None and data is not None and not is_hugging_face(model):
-        _refuse(given, {*OF_RUNS, *NUMBERS, "memory"}, f"{model} is a run of slimgrad: expected no", "")
+        _refuse(given, {*OF_RUNS, *NUMBERS}, f"{model} is a run of slimgrad: expected no", "")
         numbers = {name: given[name] for name in NUMBERS if name in given}
         options = Options(
             corpus=data,
@@ -31,7 +32,7 @@ def run_finetune(model: str | None, data: str | None, *, resume: Path | None, ou
             settings=tuple(given.get("settings", ())),
             data_dir=given.get("data_dir"),
         )
-        run_finetuning(options, Path(model), given.get("memory"))
+        run_finetuning(options, Path(model))
         return
     _refuse(given, set(given) - set(OF_RUNS), "a Hugging Face model: expected no", ", which is of runs of slimgrad")
     from slimgrad.cli.tuning import run_tuning

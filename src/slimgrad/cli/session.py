@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import slimgrad
+from slimgrad.budget.plan import Plan
 from slimgrad.budget.process import peak_resident_bytes
 from slimgrad.bytelm import (
     Cost,
@@ -35,6 +36,7 @@ from slimgrad.bytelm import (
     train,
     validate,
 )
+from slimgrad.cli.budgeted import peak_in_words
 from slimgrad.cli.curve import picture, sketch, smooth
 from slimgrad.cli.sweeping import SweepBar
 from slimgrad.cli.words import megabytes, printable
@@ -48,11 +50,22 @@ TEMPERATURE = 0.7
 MEASURED_BYTES = 16_384
 
 
-def describe(config: TrainConfig, corpus: Corpus | None, origin: str) -> dict[str, str]:
+def describe(config: TrainConfig, corpus: Corpus | None, origin: str, plan: Plan | None = None) -> dict[str, str]:
     """The resolved run in words, with the reason for each choice."""
     model, shape = build_model(config), config.model
     parameters = sum(p.numel() for p in model.parameters())
-    if config.method == "chunked":
+    budget = (
+        {} if config.memory is None else {"memory": f"{config.memory}: {config.method} has no plan, but ends there"}
+    )
+    if plan is not None:
+        of_chunk = [reason for reason in plan.reasons if reason.startswith("chunk") or " in its place" in reason]
+        memory = "; ".join(of_chunk).removeprefix("chunk ")
+        reason = "; ".join(reason for reason in plan.reasons if reason not in of_chunk)
+        budget["memory"] = (
+            f"{config.memory}: at most {megabytes(plan.peak)} and {plan.seconds:,.3g} s for a gradient over "
+            f"{plan.length:,} bytes, predicted"
+        )
+    elif config.method == "chunked":
         chunks = math.ceil(config.length / config.chunk)
         memory = f"{config.chunk:,} bytes: only one chunk's graph lives at a time, of {chunks} in a sequence"
         reason = plan_schedule(config, model)[1]
@@ -63,6 +76,7 @@ def describe(config: TrainConfig, corpus: Corpus | None, origin: str) -> dict[st
         "model": f"{origin}: {shape.layers} layers, width {shape.width}, {shape.heads} heads, "
         f"{parameters / 1e6:.2f} million parameters",
         "sequences": f"{config.steps:,} step{'s' if config.steps > 1 else ''}, {_describe_sequences(config, corpus)}",
+        **budget,
         "chunk": memory,
         "schedule": reason,
         "optimiser": f"AdamW, learning rate {config.learning_rate:g} {_describe_rate(config)}, {config.precision} "
@@ -117,10 +131,11 @@ class Session:
         task: Task,
         folder: RunFolder,
         *,
+        plan: Plan | None = None,
         tensorboard: bool = False,
         finetuning: bool = False,
     ) -> None:
-        self.config, self.corpus, self.task, self.folder = config, corpus, task, folder
+        self.config, self.corpus, self.task, self.folder, self.plan = config, corpus, task, folder, plan
         self.name = "copying" if corpus is None else corpus.name
         self.console = Console(highlight=False)
         self._finetuning = finetuning
@@ -138,7 +153,9 @@ class Session:
             self._show_curve(trained)
         if self.corpus is not None:
             self._show_sample(trained)
-        if self._finetuning:
+        if self.config.memory is not None:
+            console.print(f"\n[bold]Memory[/]: {peak_in_words(self.config.memory, self.plan)}")
+        elif self._finetuning:
             console.print(f"\nat most [bold]{megabytes(peak_resident_bytes())}[/] resident in this process")
         elif self.config.method == "chunked":
             self._show_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimgrad.budget.process import limit_memory
-from slimgrad.budget.size import parse_bytes
+from slimgrad.budget.plan import Plan
 from slimgrad.bytelm import (
     RunFolder,
     TrainConfig,
@@ -20,20 +20,20 @@ from slimgrad.bytelm import (
     make_task,
     open_model,
     pick_device,
-    train,
     with_settings,
 )
 from slimgrad.bytelm.folder import read_record
 from slimgrad.bytelm.journalled import saved_gradient
 from slimgrad.bytelm.memory import out_of_memory
 from slimgrad.bytelm.model_file import require_shape
+from slimgrad.bytelm.planned import as_planned
 from slimgrad.bytelm.presets import get_preset
-from slimgrad.cli.curve import picture
+from slimgrad.cli.budgeted import keep_within, plan_visibly
 from slimgrad.cli.session import Session, describe
-from slimgrad.data import KNOWN, Corpus, Documents, load_corpus
+from slimgrad.data import KNOWN, Corpus, load_corpus
 from slimgrad.errors import InputError
 from slimgrad.extras import require_extra
-from slimgrad.models import PerformerConfig
+from slimgrad.models import Performer
 from slimgrad.runs.environment import describe_environment
 from slimgrad.runs.folder import require_new, split_snapshot_path
 from slimgrad.sweep.schedules.names import require_folder
@@ -42,7 +42,7 @@ COPYING = "copying"
 ALL = "all"  # of --length: the whole training text as one sequence
 DEFAULT_PRESET = "modern"
 FINETUNE_STEPS, FINETUNE_RATE = 20, 0.1
-_HOW = ("method", "chunk", "schedule", "device")  # decide how a gradient is computed, not which gradient
+_HOW = ("method", "chunk", "memory", "schedule", "device")  # decide how a gradient is computed, not which gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +74,8 @@ def run_training(options: Options) -> None:
     _begin(options, config, weights, origin)
 
 
-def run_finetuning(options: Options, run: Path, memory: str | None) -> None:
-    """Adapt a trained model to a text, in a new run, within a limit on memory."""
-    limit = None if memory is None else parse_bytes(memory)
-    if limit is not None:
-        _load_what_loads_late()
-        limit_memory(limit)
+def run_finetuning(options: Options, run: Path) -> None:
+    """Adapt a trained model to a text, in a new run."""
     weights, config = _initial(run, None)
     config = config.replace(
         first_length=0, steps=FINETUNE_STEPS, learning_rate=config.learning_rate * FINETUNE_RATE, windows="shuffled",
@@ -87,14 +83,6 @@ def run_finetuning(options: Options, run: Path, memory: str | None) -> None:
     )  # fmt: skip
     with out_of_memory("fine-tuning", options.numbers.get("chunk", config.chunk)):
         _begin(options, config, weights, str(run), finetuning=True)
-
-
-def _load_what_loads_late() -> None:
-    """Train for one tiny step and draw it: what torch and matplotlib load when first used is then part of the base."""
-    tiny = PerformerConfig(layers=1, width=8, heads=1)
-    config = TrainConfig(model=tiny, length=8, chunk=4, steps=1, learning_rate=1e-3, validation_bytes=4)
-    text = Documents([torch.zeros(64, dtype=torch.uint8)])
-    picture(train(config, Corpus(name="tiny", source="zeros", text=text)).rows, "")
 
 
 def _begin(
@@ -108,6 +96,8 @@ def _begin(
     shape = config.model
     numbers = {name: value for name, value in options.numbers.items() if (name, value) != ("length", ALL)}
     config = with_settings(config.replace(**numbers), options.settings)
+    _require_one_dial(options)
+    keep_within(config.memory, config.device, has_plan=config.method == "chunked")
     if options.corpus == COPYING and config.task != COPYING:
         config = config.replace(task=COPYING, first_length=0)
     if weights is not None:
@@ -120,20 +110,46 @@ def _begin(
         require_extra("tensorboard", "--tensorboard")
     if options.out is not None:
         require_new(options.out)
-    settings = describe(config, corpus, origin)
+    asked, plan = config.schedule, plan_visibly(config)
+    config = as_planned(config, plan)
+    settings = describe(config, corpus, origin, plan)
     record = {
         "settings": settings,
         "corpus": _identify(corpus, options),
         "origin": origin,
         "config": config.to_dict(),
+        **_as_record(plan, asked),
         "sessions": [_session(config, 0)],
     }
     name = COPYING if corpus is None else corpus.name
+    with RunFolder.create(options.out, name, record, _with_weights(config, weights)) as folder:
+        Session(config, corpus, task, folder, plan=plan, tensorboard=options.tensorboard, finetuning=finetuning).run(
+            settings
+        )
+
+
+def _with_weights(config: TrainConfig, weights: Mapping[str, Tensor] | None) -> Performer | None:
+    """The model to begin with, where the configuration does not tell."""
+    if weights is None:
+        return None
     model = build_model(config)
-    if weights is not None:
-        model.load_state_dict(weights)
-    with RunFolder.create(options.out, name, record, None if weights is None else model) as folder:
-        Session(config, corpus, task, folder, tensorboard=options.tensorboard, finetuning=finetuning).run(settings)
+    model.load_state_dict(weights)
+    return model
+
+
+def _require_one_dial(options: Options) -> None:
+    """Refuse a chunk and a budget, which would choose another one."""
+    named = {*options.numbers, *(setting.partition("=")[0] for setting in options.settings)}
+    if {"chunk", "memory"} <= named:
+        raise InputError(
+            "--chunk and --memory: expected one of them. --memory chooses the chunk; slimgrad plan --chunk shows what "
+            "another one would take"
+        )
+
+
+def _as_record(plan: Plan | None, asked: str) -> dict[str, Any]:
+    """A plan for config.json, and the schedule that was asked for, since the plan's own is in the configuration."""
+    return {} if plan is None else {"plan": plan.to_dict(), "asked_schedule": asked}
 
 
 def _resume(options: Options) -> None:
@@ -145,12 +161,15 @@ def _resume(options: Options) -> None:
     if refused:
         raise InputError(
             f"--resume goes on with the run as it was: expected no {', no '.join(map(_flag, refused))}. Only how "
-            "gradients are computed may change: --method, --chunk, --schedule, --device. For anything else, begin a "
-            "new run with --init"
+            "gradients are computed may change: --method, --chunk, --memory, --schedule, --device. For anything else, "
+            "begin a new run with --init"
         )
     record = read_record(split_snapshot_path(options.resume)[0])
-    config = TrainConfig.from_dict(record["config"]).replace(**options.numbers)
+    _require_one_dial(options)
+    config, plan = _as_before(record, options)
+    asked = config.schedule
     pick_device(config.device)
+    keep_within(config.memory, config.device, has_plan=config.method == "chunked")
     require_folder(config.schedule)
     if options.tensorboard:
         require_extra("tensorboard", "--tensorboard")
@@ -158,6 +177,9 @@ def _resume(options: Options) -> None:
     corpus = _load(source, config, data_dir)
     _require_same(record.get("corpus"), _identify(corpus, options), source)
     task = make_task(config, corpus)
+    if plan is None:
+        plan = plan_visibly(config)
+    config = as_planned(config, plan)
     with RunFolder.reopen(options.resume) as folder:  # from here on the run changes: nothing may be refused any more
         warnings = _restore_environment(folder)
         step = folder.snapshot.step if folder.snapshot else 0
@@ -165,11 +187,26 @@ def _resume(options: Options) -> None:
         if saved_gradient(folder.path, step + 1) is not None:
             under_way = [f"the gradient of step {step + 1:,} from where it was saved, with its own chunk and schedule"]
         folder.record["config"] = config.to_dict()
+        for name in ("plan", "asked_schedule"):
+            folder.record.pop(name, None)
+        folder.record |= _as_record(plan, asked)
         folder.record.setdefault("sessions", []).append(_session(config, step))
         folder.save_record()
-        settings = describe(config, corpus, folder.record.get("origin", "its own shape"))
+        settings = describe(config, corpus, folder.record.get("origin", "its own shape"), plan)
         settings["resumed"] = "; ".join([f"after step {step:,} of {config.steps:,}", *under_way, *warnings])
-        Session(config, corpus, task, folder, tensorboard=options.tensorboard).run(settings)
+        Session(config, corpus, task, folder, plan=plan, tensorboard=options.tensorboard).run(settings)
+
+
+def _as_before(record: dict[str, Any], options: Options) -> tuple[TrainConfig, Plan | None]:
+    """A run's configuration, with what is named now, as it was asked for; and its plan, where that still holds."""
+    config = TrainConfig.from_dict(record["config"])
+    config = config.replace(schedule=record.get("asked_schedule"))
+    if "chunk" in options.numbers:
+        config = dataclasses.replace(config, memory=None)
+    config = config.replace(**options.numbers)
+    if "plan" not in record or not options.numbers.keys().isdisjoint(_HOW):
+        return config, None
+    return config, Plan.from_dict(record["plan"])
 
 
 def _where(record: dict[str, Any], config: TrainConfig, options: Options) -> tuple[str | None, Path | None]:
@@ -196,7 +233,7 @@ def _initial(path: Path, preset: str | None) -> tuple[dict[str, Tensor], TrainCo
         require_shape(config.model, model.config, path)
     if config is None:
         raise InputError(f"{path} is a model without a run: expected --preset beside it, for the other numbers")
-    config = config.replace(model=model.config, method="chunked", schedule="auto")
+    config = dataclasses.replace(config, model=model.config, method="chunked", schedule="auto", memory=None)
     return model.state_dict(), config
 
 
