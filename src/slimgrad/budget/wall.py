@@ -9,7 +9,8 @@ and holes of the heap that were given back. While plans were made and carried ou
 160 MB more than what was resident. So the wall stands a quarter of the budget beyond it, 256 MiB at least, and the
 stacks that are still to come: no plan that keeps to its budget touches it, and what runs away goes no farther.
 
-Without a plan the wall is all there is. Then it stands at the budget itself: what is held but not resident is lost.
+Without a plan the wall is all there is. Then all data and the pages of files that are in memory (the code of libraries)
+stay below the budget together: what is data and not resident is lost to it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ def set_wall(budget: int, *, has_plan: bool = True) -> int | None:
     Returns:
         The limit on its data in bytes. None where none was set: the platform has none, the process holds more than the
         budget already, or has a lower limit.
+
+    Raises:
+        InputError: without a plan, the process has more data already than the wall would leave it.
     """
     data, resident = process.proc_status("VmData"), process.resident_bytes()
     if sys.platform != "linux" or data is None or resident is None or resident >= budget:
@@ -43,7 +47,10 @@ def set_wall(budget: int, *, has_plan: bool = True) -> int | None:
     resource = cast(Any, importlib.import_module("resource"))
     stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
     stacks = 2 * (torch.get_num_threads() + 1) * (_STACK if stack == resource.RLIM_INFINITY else stack)
-    wall = data + budget - resident + (max(_LEAST, budget // _SHARE) + stacks if has_plan else 0)
+    if has_plan:
+        wall = data + budget - resident + max(_LEAST, budget // _SHARE) + stacks
+    else:
+        wall = budget - (process.proc_status("RssFile") or 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if any(limit not in (resource.RLIM_INFINITY, -1) and limit <= wall for limit in (soft, hard)):
         return None

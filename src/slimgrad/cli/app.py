@@ -304,7 +304,7 @@ def verify(
 
 
 @app.command()
-@with_numbers({"device": None})
+@with_numbers(dict.fromkeys(("schedule", "device")))
 def plan(
     model: Annotated[str, typer.Argument(metavar="PRESET|RUN", help="A preset, or what was trained: a run's folder.")],
     length: Annotated[
@@ -325,9 +325,7 @@ def plan(
     with one_clear_message():
         from slimgrad.cli.planning import run_planning
 
-        run_planning(
-            model, memory=memory, length=length, batch=batch, chunk=chunk, device=numbers.get("device", "auto"), out=out
-        )
+        run_planning(model, memory=memory, length=length, batch=batch, chunk=chunk, out=out, **numbers)
 
 
 @app.command()

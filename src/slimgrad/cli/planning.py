@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,6 +24,7 @@ from slimgrad.cli.ways import ASKED, CHECKPOINT, CHOSEN, PLAIN, SLIMGRAD, Point,
 from slimgrad.errors import InputError
 from slimgrad.models import Performer
 from slimgrad.runs.files import write_atomically
+from slimgrad.sweep.allocation import is_allocation_failure
 from slimgrad.sweep.schedules.names import schedule_as_text
 
 NEAR = 1.03  # of the fastest, as plans are chosen
@@ -35,8 +37,8 @@ def run_planning(
     length: int | None,
     batch: int | None,
     chunk: int | None,
-    device: str,
     out: Path | None,
+    **how: Any,
 ) -> None:
     """Print the plan, its account and its reasons; draw time and memory over the chunk. Nothing is trained.
 
@@ -45,13 +47,13 @@ def run_planning(
         memory: the budget; None: what is free.
         length, batch: of the sequences; None: the preset's or the run's.
         chunk: one to be looked at beside the chosen one.
-        device: as a run's configuration has it.
         out: where the picture goes, as a PNG.
+        how: schedule and device, as a run's configuration has them.
     """
     if out is not None and not out.parent.is_dir():
         raise InputError(f"--out {out}: expected a folder to write to, found none at {out.parent}. Make it first")
     model, config = _open(name, length)
-    config = config.replace(length=length, batch=batch, device=device, method="chunked")
+    config = config.replace(length=length, batch=batch, method="chunked", **how)
     config = dataclasses.replace(config, memory=memory)
     if chunk is not None and not 1 <= chunk <= config.length:
         raise InputError(f"--chunk {chunk}: expected 1 to {config.length:,}, the length of the sequence")
@@ -62,9 +64,7 @@ def run_planning(
     model.to(pick_device(config.device))
     with autocast(config, model):
         plan, chooser = chooser_for(gradient_request(config, model), memory)
-    found = extrapolate(config, model, config.length)
-    others = {PLAIN: found["plain"], CHECKPOINT: found["checkpoint"]}
-    _Shown(name, config, plan, chooser, others).show(chunk, out)
+    _Shown(name, config, plan, chooser, _others(config, model)).show(chunk, out)
 
 
 def _open(name: str, length: int | None) -> tuple[Performer, TrainConfig]:
@@ -78,7 +78,22 @@ def _open(name: str, length: int | None) -> tuple[Performer, TrainConfig]:
         if length is None:
             raise InputError(f"{name} is a model without a run: expected --length beside it")
         config = get_preset("modern").replace(model=model.config)
+    if config.memory is not None:  # then its schedule is that of a plan
+        config = config.replace(schedule="auto")
+    if config.windows == "documents":  # of which there is one at a time
+        config = config.replace(windows="shuffled", batch=1)
     return model, config
+
+
+def _others(config: TrainConfig, model: Performer) -> dict[str, Extrapolated]:
+    """The methods without chunks; none where there is no memory for the short sequences that tell."""
+    try:
+        found = extrapolate(config, model, config.length)
+    except (MemoryError, RuntimeError) as error:
+        if not is_allocation_failure(error):
+            raise
+        return {}
+    return {PLAIN: found["plain"], CHECKPOINT: found["checkpoint"]}
 
 
 class _Shown:
@@ -165,6 +180,9 @@ class _Shown:
         return f"{seconds:,.3g} s, {tokens / max(seconds, 1e-9):,.0f} tokens per second"
 
     def _print_others(self, ways: Ways) -> None:
+        if not self.others:
+            self.console.print("\n  Without chunks there is no memory even for a few hundred tokens.")
+            return
         first, last = next(iter(self.others.values())).from_lengths
         table = Table.grid(padding=(0, 3))
         for name, point in {SLIMGRAD: ways.marked[CHOSEN][1], **ways.others}.items():
