@@ -106,7 +106,7 @@ def tokens(rows: int = 2, time: int = 44, seed: int = 1) -> Tensor:
     return torch.randint(3, VOCABULARY, (rows, time), generator=torch.Generator().manual_seed(seed))
 
 
-def enable(model: Any, chunk: int = 13, **options: Any) -> Any:
+def enable(model: Any, chunk: int | None = 13, **options: Any) -> Any:
     """As users do, and its chunks without casts to float32, so that float64 can be compared."""
     slimgrad.hf.enable(model, chunk=chunk, **options)
     for forward in enabled(model):

@@ -21,7 +21,7 @@ from slimgrad.sweep.cut import Cut
 from slimgrad.sweep.moves import FLOOR
 from slimgrad.sweep.schedules.base import Schedule
 from slimgrad.sweep.schedules.binomial import Binomial
-from slimgrad.sweep.schedules.keep import Rebuild
+from slimgrad.sweep.schedules.keep import Keep, Rebuild
 
 _NEAR = 1.03  # of the fastest
 _MOST_SLOTS = 1 << 16
@@ -166,39 +166,51 @@ class Chooser:
     def way(self, chunk: int, schedule: Schedule) -> Way:
         """What it takes to do the work so."""
         costs, work = self.costs, self.work
-        longest, count = work.longest, len(Cut(work.longest, chunk))
-        counts = [len(Cut(length, chunk)) for length in work.lengths]
-        tape = min(schedule.tape, count)
+        cut = Cut(work.longest, chunk)
+        count, at_once = len(cut), self._sequences_at_once
+        tape = min(schedule.tape, count) if work.differentiates else 0
         swept = count - tape
-        most = min(chunk + 1, longest)  # the last chunk may have one token more
-        at_once = self._sequences_at_once
+        lengths = work.lengths if work.at_once else [work.longest]
 
-        def running(fits: dict[str, Fit]) -> float:
-            names = [name for name, count in (("forward", swept), ("tape", tape)) if count or not work.differentiates]
-            return max((fits[name](most, longest - most) for name in (*names, "reverse") if name in fits), default=0.0)
+        def of(name: str, number: int, fits: dict[str, Fit]) -> float:
+            start, stop = cut[number]
+            return fits[name](stop - start, costs.given + start) if name in fits else 0.0
 
-        def taped(fits: dict[str, Fit]) -> float:
-            return max(0, tape - 1) * fits["kept"](most, longest - most) if tape > 1 else 0.0
+        def taped(number: int, fits: dict[str, Fit]) -> float:
+            """Graphs on the tape when it comes to a chunk: what they see of rows before them grows evenly."""
+            first, last = swept if costs.reach is None else number - 1, number - 1
+            return (number - swept) * (of("kept", first, fits) + of("kept", last, fits)) / 2 if number > swept else 0.0
+
+        # of those on the tape and the others the last one has the most before it, the one before may be longer
+        moments = [("forward", number) for number in (swept - 2, swept - 1) if number >= 0]
+        moments += [("reverse", number) for number in {count - 2, count - 1, swept - 2, swept - 1} if number >= 0]
+        name, number = max(moments, key=lambda one: of(*one, costs.bytes) + taped(one[1], costs.bytes))
 
         kept = 0
         if work.differentiates and swept:
             per_slot = costs.plain + (0 if schedule.rolls_back else costs.sums)
             kept = (schedule.num_slots(swept) + (1 if tape or work.to_end else 0)) * per_slot
-        kept += costs.plain + costs.sums if tape else 0
+            kept += 0 if isinstance(schedule, Keep) else costs.plain  # the state at hand is none of those
+        kept += 3 * costs.plain + costs.sums if tape else 0  # before the tape; its first chunk's own; after it
         account = {
             "gradients": costs.gradients,
-            "state and adjoint": costs.held * at_once,
+            "state and adjoint": int(costs.bytes["held"](chunk) * at_once) + costs.final * len(work.lengths),
             "kept states": kept * at_once,
-            "rows": int(costs.rows * (sum(work.lengths) if work.at_once else longest)),
+            "rows": sum(self._rows(length, chunk) for length in work.lengths),  # final states share them
             "outputs": int(costs.along * sum(work.lengths)),
-            "checksums": 16 * costs.records * (sum(counts) if work.at_once else count),
-            "one chunk": int(running(costs.bytes)),
-            "tape": int(taped(costs.bytes)),
+            "checksums": sum(16 * costs.records * len(Cut(length, chunk)) for length in lengths),
+            "one chunk": int(of(name, number, costs.bytes)),
+            "tape": int(taped(number, costs.bytes)),
         }
         live = sum(account.values()) - costs.gradients
-        small = running(costs.small) + taped(costs.small) + account["state and adjoint"]
+        small = of(name, number, costs.small) + taped(number, costs.small) + account["state and adjoint"]
         account["allocator"] = self.slack.of(live, small)
         return Way(chunk, schedule, account, self._seconds(chunk, schedule))
+
+    def _rows(self, length: int, chunk: int) -> int:
+        """Bytes of the rows of one sequence: the buffer is made for whole chunks, and more."""
+        room = self.costs.given + chunk * len(Cut(length, chunk))
+        return int(self.costs.rows * -(-room // 64) * 64 + self.costs.row_grads * (self.costs.given + length))
 
     def _seconds(self, chunk: int, schedule: Schedule) -> float:
         costs, work, total = self.costs, self.work, 0.0
@@ -209,7 +221,7 @@ class Chooser:
         for length in work.lengths:
             count = len(Cut(length, chunk))
             tape = min(schedule.tape, count)
-            swept, mean = count - tape, max(0.0, (length - chunk) / 2)
+            swept, mean = count - tape, costs.given + max(0.0, (length - chunk) / 2)
             if not work.differentiates:
                 seconds = count * of_chunk("forward", mean)
             else:

@@ -6,24 +6,32 @@ No coefficient is negative. b is what layers keep of every token, c attention wi
 whole, e attention to rows before the chunk; d and e only where the state has rows. Seconds have noise: there a C^2
 without rows would be noise times the square of a size that is far from what was measured.
 
+A peak is the most of several such moments. Where p is 4 C or more another one may count than where it is less, so
+that bytes have a fit for either, and the larger counts. Of rows in a window p is what lies within it.
+
 Then y is scaled so that no measurement of bytes lies above it, and none of seconds, which other work only makes longer,
-below: by how much, is interpolated between the sizes that were measured, and beyond the largest stays as it was there.
+below. By how much: for bytes, between two sizes that were measured as for the one that needs more; for seconds, between
+the two; beyond the largest as it was there.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
+
+_FAR = 4  # chunks before
 
 
 class Point(NamedTuple):
     """One measurement: tokens of the chunk, tokens before it, and what it took."""
 
     chunk: int
-    before: int
+    before: float
     value: float
 
 
@@ -34,27 +42,66 @@ class Fit:
         points: measurements, of one size of chunk at least.
         grows: whether the state has rows.
         seconds: and not bytes.
+        reach: rows before it that a chunk sees; None: all.
     """
 
-    def __init__(self, points: Sequence[Point], *, grows: bool, seconds: bool = False) -> None:
-        self.points, self._grows, self._seconds = tuple(points), grows, seconds
+    def __init__(
+        self, points: Sequence[Point], *, grows: bool, seconds: bool = False, reach: int | None = None
+    ) -> None:
+        self.points, self._reach = tuple(points), reach
+        most: dict[tuple[int, float], float] = {}  # or least: of several at one place
+        for chunk, before, value in points:
+            place = chunk, self._seen(before) if grows else 0.0
+            most[place] = (min if seconds else max)(value, most.get(place, value))
+        seen = [Point(chunk, before, value) for (chunk, before), value in most.items()]
+        far = [point for point in seen if not seconds and _is_far(point.chunk, point.before)]
+        near = [point for point in seen if point not in far]
+        self._near = _Curve(near or far, grows=grows, seconds=seconds)
+        self._far = _Curve(far, grows=grows, seconds=seconds) if near and far else None
+
+    def __call__(self, chunk: int, before: float = 0.0) -> float:
+        """What a chunk of so many tokens takes after so many others."""
+        before = self._seen(before)
+        found = self._near(chunk, before)
+        if self._far is None or not _is_far(chunk, before):
+            return found
+        return max(found, self._far(chunk, before))
+
+    def _seen(self, before: float) -> float:
+        return before if self._reach is None else min(before, self._reach)
+
+
+def _is_far(chunk: int, before: float) -> bool:
+    return before >= _FAR * chunk
+
+
+class _Curve:
+    """Points fitted by one sum of terms. Args: see `Fit`."""
+
+    def __init__(self, points: Sequence[Point], *, grows: bool, seconds: bool) -> None:
+        self._grows, self._seconds = grows, seconds
         most = max(1e-9, *(point.value for point in points), 0.0)
         weights = np.array([1 / max(point.value, 1e-3 * most) for point in points])  # errors count relatively
         columns = np.array([self._terms(point.chunk, point.before) for point in points])
         values = np.array([point.value for point in points])
-        self.coefficients = _nonnegative(columns * weights[:, None], values * weights)
+        self._coefficients = _nonnegative(columns * weights[:, None], values * weights)
         sizes = sorted({point.chunk for point in points})
         over = {size: [self._over(point) for point in points if point.chunk == size] for size in sizes}
         self._sizes = [math.log(size) for size in sizes]
         self._ratios = [min(over[size]) if seconds else max(over[size]) for size in sizes]
 
-    def __call__(self, chunk: int, before: float = 0.0) -> float:
-        """What a chunk of so many tokens takes after so many others."""
-        ratio = float(np.interp(math.log(chunk), self._sizes, self._ratios))
+    def __call__(self, chunk: int, before: float) -> float:
+        size = math.log(chunk)
+        if self._seconds:
+            ratio = float(np.interp(size, self._sizes, self._ratios))
+        else:
+            place = bisect_left(self._sizes, size)
+            exact = place < len(self._sizes) and self._sizes[place] == size
+            ratio = max(self._ratios[place : place + 1] if exact else self._ratios[max(0, place - 1) : place + 1])
         return ratio * self._plain(chunk, before)
 
     def _plain(self, chunk: int, before: float) -> float:
-        return float(self._terms(chunk, before) @ self.coefficients)
+        return float(self._terms(chunk, before) @ self._coefficients)
 
     def _over(self, point: Point) -> float:
         fitted = self._plain(point.chunk, point.before)
@@ -67,14 +114,15 @@ class Fit:
 
 
 def _nonnegative(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Least squares without negative coefficients: the terms that would have one are left out, the worst first."""
-    kept = list(range(columns.shape[1]))
+    """Least squares without negative coefficients: the best set of terms whose own least squares has none."""
     scale = np.abs(columns).max(0) + 1e-300  # terms differ by powers of ten
-    found = np.zeros(columns.shape[1])
-    while kept:
-        solved = np.linalg.lstsq(columns[:, kept] / scale[kept], values, rcond=1e-9)[0]
-        if solved.min() >= 0:
-            found[kept] = solved / scale[kept]
-            break
-        kept.pop(int(solved.argmin()))
+    scaled = columns / scale
+    found, least = np.zeros(columns.shape[1]), float(values @ values)
+    for count in range(1, columns.shape[1] + 1):
+        for kept in map(list, combinations(range(columns.shape[1]), count)):
+            solved = np.linalg.lstsq(scaled[:, kept], values, rcond=1e-9)[0]
+            error = float(np.square(scaled[:, kept] @ solved - values).sum())
+            if solved.min() >= 0 and error < least * (1 - 1e-6) - 1e-24:  # else fewer terms do as well
+                found, least = np.zeros(columns.shape[1]), error
+                found[kept] = solved / scale[kept]
     return found

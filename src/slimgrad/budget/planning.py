@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from slimgrad.budget.available import fault_seconds, free_bytes, held_bytes, slack
 from slimgrad.budget.choose import Chooser, Way, Work
 from slimgrad.budget.plan import Plan
-from slimgrad.budget.probe import Prober, as_it_was, first_tokens
+from slimgrad.budget.probe import MakeCall, Prober, as_it_was, tokens_between
 from slimgrad.budget.process import resident_bytes
 from slimgrad.budget.size import parse_bytes
 from slimgrad.call.arguments import DEFAULT_CHUNK, Call, Options, logger
@@ -34,8 +34,10 @@ from slimgrad.sweep.schedules.base import Schedule
 from slimgrad.sweep.schedules.names import schedule_as_text
 
 SIZES, CHUNKS = (64, 128, 256), 4  # of the first measurements
+FAR = ((16, 512), (16, 1024), (64, 512), (64, 1024), (128, 1024))  # and of rows: chunk, tokens before it
 _SHARE = 16  # a chosen size is measured too, if two chunks of it are one in so many of the tokens
 _LARGE_ENOUGH = 1024  # or no more than these
+_MORE = 4  # sizes that are measured for one plan
 
 
 @dataclass(frozen=True)
@@ -227,9 +229,11 @@ class _Planning:
         request, longest = self.request, self.longest
         for size in SIZES:
             if size not in self.prober.sizes and size * CHUNKS <= longest:
-                self._measure(size, CHUNKS)
+                self._measure(size, CHUNKS * size)
         if not self.prober.sizes:
-            self._measure(max(1, longest // CHUNKS), min(CHUNKS, longest))
+            self._measure(size := max(1, longest // CHUNKS), min(CHUNKS * size, longest))
+        self._measure_far(*FAR)
+        left = _MORE
         while True:
             self.held = held_bytes(self.device) or 0
             budget = self._budget()
@@ -238,10 +242,14 @@ class _Planning:
             way = chooser.best(budget - spent)
             if way is None:
                 raise InputError(_too_small(budget, spent, chooser.smallest()))
-            size = min(way.chunk, max(_LARGE_ENOUGH, longest // _SHARE), longest // 2)
-            if size <= 1.5 * max(self.prober.sizes):
+            size = min(way.chunk, max(_LARGE_ENOUGH, longest // _SHARE))
+            more = size not in self.prober.sizes if way.chunk == size else size > 1.5 * max(self.prober.sizes)
+            if not more or not left:
                 return self._as_plan(chooser, way, budget, spent)
-            self._measure(size, 2)
+            left -= 1
+            has_rows = self.prober.costs.rows > 0
+            self._measure(size, min(longest, (CHUNKS if has_rows else 2) * size))
+            self._measure_far((size, CHUNKS * size))
 
     def _budget(self) -> int:
         if self._given is not None:
@@ -251,18 +259,33 @@ class _Planning:
             raise InputError("memory: this system does not say how much is free; expected memory= or chunk=")
         return self.held + free
 
-    def _measure(self, chunk: int, count: int) -> None:
+    def _measure(self, chunk: int, tokens: int) -> None:
+        self.prober.measure(self._maker(chunk, 0, self._own(self.request.options.state)), chunk, tokens)
+
+    def _measure_far(self, *places: tuple[int, int]) -> None:
+        """Of a state with rows: chunks that have many more tokens before them than they are long."""
+        prober = self.prober
+        for chunk, before in places:
+            if before in prober.states and before + 2 * chunk <= self.longest:
+                prober.measure_after(self._maker(chunk, before, prober.states[before]), chunk, before)
+        prober.states.clear()
+
+    def _own(self, given: Any) -> Any:
+        """Of inputs, targets or states of several sequences, those of the longest."""
+        if given is None or not isinstance(self.request.inputs, list):
+            return given
+        return given[self.lengths.index(self.longest)]
+
+    def _maker(self, chunk: int, first: int, state: Any) -> MakeCall:
         request = self.request
-        inputs, targets, state = request.inputs, request.targets, request.options.state
-        if isinstance(inputs, list):
-            place = self.lengths.index(self.longest)
-            inputs, targets, state = (None if x is None else x[place] for x in (inputs, targets, state))
+        inputs, targets = self._own(request.inputs), self._own(request.targets)
 
         def make(tokens: int, schedule: Schedule, on_chunk: OnChunk) -> Call:
-            goals = None if targets is None else first_tokens(targets, tokens)
-            return request.call(first_tokens(inputs, tokens), goals, chunk, schedule, on_chunk, state)
+            span = first, first + tokens
+            goals = None if targets is None else tokens_between(targets, *span)
+            return request.call(tokens_between(inputs, *span), goals, chunk, schedule, on_chunk, state)
 
-        self.prober.measure(make, chunk, count)
+        return make
 
     def _as_plan(self, chooser: Chooser, way: Way, budget: int, spent: int) -> Plan:
         model = self.request.model
@@ -330,7 +353,8 @@ def _use(request: Request) -> Any:
     parameters = tuple((p.requires_grad, p.dtype, p.device) for p in model.parameters())
     kinds = ("cpu", device_of(model).type)
     autocast = tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
-    given = tuple(_form(x) for x in (request.inputs, request.targets, options.context, options.state))
+    given = tuple(_form(x) for x in (request.inputs, request.targets))
+    whole = tuple(_form(x, whole=True) for x in (options.context, options.state))
     loss = getattr(options.loss_fn, "__code__", type(options.loss_fn))
     how = (
         request.head,
@@ -339,15 +363,16 @@ def _use(request: Request) -> Any:
         frozenset(request.sink or ()),
         torch.get_num_threads(),
     )
-    return modes, parameters, autocast, given, loss, how
+    return modes, parameters, autocast, given, whole, loss, how
 
 
-def _form(given: Any) -> Any:
-    """Of inputs, targets, context, state: everything but the time axis."""
+def _form(given: Any, *, whole: bool = False) -> Any:
+    """Of inputs and targets, everything but the time axis; with that, of context and state."""
     if isinstance(given, Reader):
         return type(given), given.batch
     leaves = [raw_tensor(leaf) for leaf in tree.leaves(given)]
-    return frozenset((x.shape[:1], x.shape[2:], x.dtype, x.requires_grad) for x in leaves if x is not None)
+    rest = 1 if whole else 2
+    return frozenset((x.shape[:1], x.shape[rest:], x.dtype, x.requires_grad) for x in leaves if x is not None)
 
 
 def _take_nothing(gradient: Tensor) -> None:

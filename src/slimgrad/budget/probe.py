@@ -1,17 +1,17 @@
 """Measurements of a model at work: a few chunks of several sizes, forward and back, on the call's own inputs.
 
-Each size is run over a few chunks, some of them on a tape: once under a count of the bytes that are alive, and then
-under a clock. What these runs make is dropped: `.grad`, buffers, generators and sinks are as they were.
+Each size is run over a few chunks, some of them on a tape: twice under a clock, and between that under a count of the
+bytes that are alive. What these runs make is dropped: `.grad`, buffers, generators and sinks are as they were.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,19 @@ from torch import Tensor, nn
 from slimgrad.budget.fit import Fit, Point
 from slimgrad.budget.live import LiveBytes
 from slimgrad.call.arguments import Call, Started
-from slimgrad.states.base import State
+from slimgrad.states import raw_tensor
+from slimgrad.states.base import Root, State
 from slimgrad.states.rows import Growing, RowsCarrier
 from slimgrad.sweep import tree
-from slimgrad.sweep.program import Event, OnChunk
+from slimgrad.sweep.cut import Cut, Span
+from slimgrad.sweep.program import ChunkResult, Event, OnChunk, Piece
+from slimgrad.sweep.progress import Progress
 from slimgrad.sweep.random import generators
 from slimgrad.sweep.schedules.base import Schedule
 from slimgrad.sweep.schedules.keep import Keep
 from slimgrad.sweep.store import alignment_bytes
 
 _TAPE = 2  # chunks of a probe on the tape: the second finds no memory that the first has used
-_TIMES = 2  # under the clock
 MakeCall = Callable[[int, Schedule, OnChunk], Call]  # over so many of the first tokens
 
 
@@ -38,14 +40,18 @@ class Costs:
     """What chunks of a model take, and what a sweep holds between them. Bytes, seconds.
 
     Attributes:
-        bytes: the most that is alive during a chunk above what was before it: "forward" (for the next state), "tape",
-            "reverse"; and "kept", what a chunk on the tape leaves alive.
+        bytes: the most that is alive during a chunk beside what stands by itself below: "forward" (for the next state),
+            "reverse" (also while it is put on the tape); "kept", what a chunk on the tape leaves alive; and "held",
+            what stands between two chunks: one state at hand with its adjoint and all that goes with it, but for rows.
         small: of these, bytes in blocks that the allocator cuts out of its heap.
         seconds: of a chunk "forward", on the "tape" (there and back), "reverse".
-        held: one state at hand with its adjoint and all that goes with it, but for rows.
         plain: a kept copy of the state's plain tensors, without those that never change.
         sums: a kept copy of everything else that can be rolled back.
-        rows: each token's rows, with their gradients.
+        rows: each token's rows, of all states that grow.
+        row_grads: and their gradients.
+        given: rows that the state has before the first token.
+        reach: how many rows before it a chunk sees, at most; None: all, as far as is known.
+        final: the state after the last token, for the caller.
         along: each token's outputs or losses, where they are collected, and gradients of inputs.
         gradients: the buffers in which the parameters' gradients gather.
         records: 64-bit checksums of each chunk.
@@ -54,10 +60,13 @@ class Costs:
     bytes: dict[str, Fit] = field(default_factory=dict[str, Fit])
     small: dict[str, Fit] = field(default_factory=dict[str, Fit])
     seconds: dict[str, Fit] = field(default_factory=dict[str, Fit])
-    held: int = 0
     plain: int = 0
     sums: int = 0
     rows: float = 0.0
+    row_grads: float = 0.0
+    given: int = 0
+    reach: int | None = None
+    final: int = 0
     along: float = 0.0
     gradients: int = 0
     records: int = 0
@@ -74,6 +83,7 @@ class Prober:
     Attributes:
         costs: what was found so far.
         sizes: chunks that were measured.
+        states: of models with rows, the state after so many tokens, to measure from there: for who planned to forget.
     """
 
     def __init__(self, *, head: bool, differentiates: bool, threshold: int) -> None:
@@ -81,97 +91,172 @@ class Prober:
         self._points: dict[str, dict[str, list[Point]]] = {"bytes": {}, "small": {}, "seconds": {}}
         self.costs = Costs()
         self.sizes: list[int] = []
+        self.states: dict[int, Any] = {}
+        self._leaves: list[Tensor | None] = []  # the buffers of gradients: shapes that take no memory
+        self._wide: dict[str, Tensor] = {}
 
-    def measure(self, make: MakeCall, chunk: int, count: int) -> None:
-        """Measure chunks of `chunk` tokens, over `count` of them.
+    def measure(self, make: MakeCall, chunk: int, tokens: int) -> None:
+        """Measure chunks of `chunk` tokens.
 
         Args:
             make: a call over so many of the first tokens, in chunks of that size.
             chunk: tokens.
-            count: of chunks: 2 at least, where the sequence has as many.
+            tokens: in all: two chunks at least, where the sequence has as many.
         """
-        self._count(make, chunk, count)
-        for _ in range(_TIMES):
-            self._time(make, chunk, count)
-        gc.collect()  # what a sweep leaves behind refers to itself
+        self._time(make, chunk, tokens)
+        self._count(make, chunk, tokens)
+        self._time(make, chunk, tokens)
         self.sizes.append(chunk)
-        for what, fits in (("bytes", self.costs.bytes), ("small", self.costs.small), ("seconds", self.costs.seconds)):
+        self._fit()
+
+    def measure_after(self, make: MakeCall, chunk: int, before: int) -> None:
+        """Measure the bytes of two chunks after so many tokens, a key of `states`: `make` begins there."""
+        self._count(make, chunk, 2 * chunk, before)
+        self._fit()
+
+    def _fit(self) -> None:
+        gc.collect()  # what a sweep leaves behind refers to itself
+        costs = self.costs
+        for what, fits in (("bytes", costs.bytes), ("small", costs.small), ("seconds", costs.seconds)):
             for name, points in self._points[what].items():
-                fits[name] = Fit(points, grows=self.costs.rows > 0, seconds=what == "seconds")
+                fits[name] = Fit(points, grows=costs.rows > 0, seconds=what == "seconds", reach=costs.reach)
 
-    def _note(self, what: str, name: str, event: Event, value: float) -> None:
+    def _note(self, what: str, name: str, span: Span, before: int, value: float) -> None:
         points = self._points[what].setdefault(name, [])
-        points.append(Point(event.stop - event.start, event.start, value))
+        points.append(Point(span.stop - span.start, before + span.start, value))
 
-    def _count(self, make: MakeCall, chunk: int, count: int) -> None:
-        live, before, small = LiveBytes(self._threshold), 0, 0
+    def _count(self, make: MakeCall, chunk: int, tokens: int, before: int = 0) -> None:
+        """A chunk begins when it is read, without what the one before it left, and ends when it is collected.
+
+        One that is reversed from the tape begins when its backward pass does, but for its own graph. What grows by
+        itself, as buffers of rows do, is no part of it. Gradients and adjoint are there when the reverse sweep begins,
+        so that its first chunk is like the others.
+        """
+        live, begun, peak = LiveBytes(self._threshold), _Bytes(), _Bytes()
+        kept, to_tape = dict[int, _Bytes](), dict[int, _Bytes]()
+
+        def now() -> _Bytes:
+            return _Bytes(live.live - _by_itself(started), live.small)
+
+        def read(span: Span, *, head: bool) -> Piece:
+            nonlocal begun
+            begun = now()
+            if started.run.holds_no_graph and (started.run.progress.phase == "reverse" or not self._differentiates):
+                self._note("bytes", "held", span, before, begun.all)
+            live.reset_peak()
+            piece = as_read(span, head=head)
+            if program.data.targets is None and isinstance(piece.targets, Tensor) and span.stop < program.time:
+                piece.targets = piece.targets.clone(memory_format=torch.contiguous_format)  # as the last chunk's are
+            return piece
+
+        def backward(span: Span, roots: Sequence[Root], leaves: Sequence[Tensor]) -> None:
+            nonlocal begun
+            if span.start in kept:
+                own = kept.pop(span.start)
+                begun = _Bytes(now().all - own.all, now().small - own.small)
+                live.reset_peak()
+            as_backward(span, roots, leaves)
+
+        def collect(piece: Piece, result: ChunkResult, phase: str) -> None:
+            nonlocal peak
+            peak = _Bytes(live.peak - _by_itself(started), live.peak_small)
+            as_collected(piece, result, phase)
+
+        def taken(then: _Bytes) -> _Bytes:
+            return _Bytes(then.all - begun.all, then.small - begun.small)
+
+        def note(name: str, span: Span, found: _Bytes) -> None:
+            self._note("bytes", name, span, before, found.all)
+            self._note("small", name, span, before, found.small)
 
         def on_chunk(event: Event) -> None:
-            nonlocal before, small
-            on_tape = self._is_on_tape(event, chunk, count)
-            if event.phase == "forward" or not on_tape:
-                name = "reverse" if event.phase == "reverse" else "tape" if on_tape else "forward"
-                self._note("bytes", name, event, live.peak - before)
-                self._note("small", name, event, live.peak_small - small)
-            if event.phase == "forward" and on_tape:
-                self._note("bytes", "kept", event, live.live - before)
-                self._note("small", "kept", event, live.small - small)
+            span = Span(event.start, event.stop)
             if event.phase == "reverse":
-                self._look_at(started, live.live)
-            before, small = live.live, live.small
-            live.reset_peak()
+                run, back = to_tape.get(span.start, _Bytes()), taken(peak)  # without a tape it would be run now
+                note("reverse", span, _Bytes(max(run.all, back.all), max(run.small, back.small)))
+            elif self._is_on_tape(event, chunk, tokens):
+                to_tape[span.start], kept[span.start] = taken(peak), taken(now())
+                note("kept", span, kept[span.start])
+            else:
+                note("forward", span, taken(peak))
 
         gc.collect()
         with live:
-            call, started = self._begin(make, chunk, count, on_chunk)
-            before, small = live.live, live.small
-            live.reset_peak()
-            self._run(call, started)
-        if not self._differentiates:
-            self.costs.held = max(self.costs.held, before)
+            call, started = self._begin(make, chunk, tokens, on_chunk)
+            before += self._look_at_rows(started, given=before == 0)
+            program = started.program
+            as_read, as_backward, as_collected = program.read, program.backward, program.collect
+            program.read, program.backward, program.collect = read, backward, collect
+            self._run(call, started, gradients=True)
 
-    def _time(self, make: MakeCall, chunk: int, count: int) -> None:
+    def _time(self, make: MakeCall, chunk: int, tokens: int) -> None:
         last, on_the_way = 0.0, dict[int, float]()
 
         def on_chunk(event: Event) -> None:
             nonlocal last
             _wait_for(call.shared.device)
-            taken = perf_counter() - last
-            if not self._is_on_tape(event, chunk, count):
-                if event.start or event.phase != "forward" or count == 2:  # the first warms up
-                    self._note("seconds", event.phase, event, taken)
+            taken, span = perf_counter() - last, Span(event.start, event.stop)
+            if not self._is_on_tape(event, chunk, tokens):
+                if event.start or event.phase != "forward" or tokens <= 2 * chunk:  # the first warms up
+                    self._note("seconds", event.phase, span, given, taken)
             elif event.phase == "forward":
                 on_the_way[event.start] = taken
             else:
-                self._note("seconds", "tape", event, taken + on_the_way[event.start])
+                self._note("seconds", "tape", span, given, taken + on_the_way[event.start])
             last = perf_counter()
 
-        call, started = self._begin(make, chunk, count, on_chunk)
+        call, started = self._begin(make, chunk, tokens, on_chunk)
+        given = self._look_at_rows(started, given=True)
         last = perf_counter()
         self._run(call, started)
 
-    def _is_on_tape(self, event: Event, chunk: int, count: int) -> bool:
-        return self._differentiates and event.start >= chunk * (count - min(_TAPE, count - 1))
+    def _is_on_tape(self, event: Event, chunk: int, tokens: int) -> bool:
+        count = len(Cut(tokens, chunk))
+        return self._differentiates and event.start >= chunk * (count - _taped(count))
 
-    def _begin(self, make: MakeCall, chunk: int, count: int, on_chunk: OnChunk) -> tuple[Call, Started]:
-        call = make(count * chunk, Keep(tape=min(_TAPE, count - 1)), on_chunk)
+    def _begin(self, make: MakeCall, chunk: int, tokens: int, on_chunk: OnChunk) -> tuple[Call, Started]:
+        call = make(tokens, Keep(tape=_taped(len(Cut(tokens, chunk)))), on_chunk)
         return call, call.start(0, differentiates=self._differentiates)
 
-    def _run(self, call: Call, started: Started) -> None:
+    def _run(self, call: Call, started: Started, *, gradients: bool = False) -> None:
         started.run.forward(head=self._head)
         if not self._differentiates:
+            self._look_at_kept(started)
             return
+        assert call.gather is not None
+        if gradients:
+            if started.run.progress.final_state is not None:
+                _enter_zeros(started.run.progress)
+            zeros = [None if x is None else torch.zeros_like(x) for x in self._leaves]
+            wide = {name: torch.zeros_like(x) for name, x in self._wide.items()}
+            call.gather.load_state({"leaves": zeros, "wide": wide, "backwards": 1, "sinks": {}})
+            del zeros, wide
         self._look_at_kept(started)
         along = started.program.collected.along
         started.reverse(
             lambda span: [torch.ones_like(x[:, slice(*span)]) for x in along] if along else [call.loss_grad]
         )
+        self.costs.gradients = max(self.costs.gradients, call.gather.nbytes)
+        gathered = call.gather.state()
+        self._leaves = [None if x is None else _shape_of(x) for x in gathered["leaves"]]
+        self._wide = {name: _shape_of(x) for name, x in gathered["wide"].items()}
+
+    def _look_at_rows(self, started: Started, *, given: bool) -> int:
+        """How many rows the state begins with."""
+        if given:
+            self.costs.given = max((carrier.length for carrier in _rows_of(started)), default=0)
+        return self.costs.given
 
     def _look_at_kept(self, started: Started) -> None:
         """What copies of the state take, and which of its tensors never change: these are kept once."""
-        costs, progress = self.costs, started.run.progress
-        align = alignment_bytes(started.program.device)
-        costs.plain = costs.sums = 0
+        costs, progress, program = self.costs, started.run.progress, started.program
+        align = alignment_bytes(program.device)
+        collected = program.collected
+        costs.along = sum(x.nbytes for x in (*collected.along, *collected.input_grads) if x is not None) / program.time
+        if progress.final_state is None:  # of a single chunk, which is reversed straight away
+            return
+        costs.plain, costs.sums, costs.final = 0, 0, _final_bytes(progress)
+        costs.rows = costs.row_grads = 0.0
         leaves = tree.leaves(progress.final_state)
         for number, leaf in enumerate(leaves):
             if isinstance(leaf, State):
@@ -179,25 +264,65 @@ class Prober:
             elif isinstance(leaf, Tensor):
                 tokens = {id(tokens[number]) for _, _, tokens in progress.slots.values()}
                 costs.plain += -(-leaf.nbytes // align) * align if len(tokens) > 1 else 0
-        tokens_before = started.program.time
-        costs.rows = sum(
-            leaf.value.nbytes / tokens_before * (1 + max(4 / leaf.dtype.itemsize, 1))
-            for leaf in leaves
-            if isinstance(leaf, Growing)
-        )
-        costs.records = len(leaves) + len(tree.leaves(started.program.data.inputs.whole)) + 2
+            if isinstance(leaf, Growing):
+                row = leaf.value[:, :1]
+                costs.rows += row.nbytes
+                costs.row_grads += row.numel() * max(4, row.dtype.itemsize) if self._differentiates else 0
+        costs.records = len(leaves) + len(tree.leaves(program.data.inputs.whole)) + 2
+        reaches = [_reach_of(carrier) for carrier in _rows_of(started)]
+        known = [reach for reach in reaches if reach is not None]
+        costs.reach = max([costs.reach or 0, *known]) if known and len(known) == len(reaches) else costs.reach
+        if costs.rows:
+            self.states.setdefault(program.time, progress.final_state)
 
-    def _look_at(self, started: Started, live: int) -> None:
-        """What is held between two chunks of the reverse sweep."""
-        costs, progress, collected = self.costs, started.run.progress, started.program.collected
-        gather = started.program.shared.gather
-        assert gather is not None
-        costs.gradients = max(costs.gradients, gather.nbytes)
-        rows = sum(carrier.nbytes for carrier in progress.carriers if isinstance(carrier, RowsCarrier))
-        along = sum(x.nbytes for x in (*collected.along, *collected.input_grads) if x is not None)
-        costs.along = along / started.program.time
-        if started.run.holds_no_graph:
-            costs.held = max(costs.held, live - gather.nbytes - progress.store.nbytes - rows - along)
+
+class _Bytes(NamedTuple):
+    """Alive, and of these in small blocks."""
+
+    all: int = 0
+    small: int = 0
+
+
+def _taped(count: int) -> int:
+    return min(_TAPE, count - 1)
+
+
+def _shape_of(x: Tensor) -> Tensor:
+    return x.new_zeros(()).expand(x.shape)
+
+
+def _enter_zeros(progress: Progress) -> None:
+    """The adjoint begins with zeros, in place of nothing."""
+    values = [raw_tensor(leaf) for leaf in tree.leaves(progress.final_state)]
+    floating = [x is not None and (x.is_floating_point() or x.is_complex()) for x in values]
+    zeros = [_shape_of(x) if x is not None and takes else None for x, takes in zip(values, floating, strict=True)]
+    progress.expect(tree.unflatten(zeros, progress.spec))
+
+
+def _rows_of(started: Started) -> list[RowsCarrier]:
+    return [carrier for carrier in started.run.progress.carriers if isinstance(carrier, RowsCarrier)]
+
+
+def _by_itself(started: Started) -> int:
+    """Bytes now of all that the account has beside chunk, state and adjoint."""
+    program, progress = started.program, started.run.progress
+    gather, collected = program.shared.gather, program.collected
+    along = sum(x.nbytes for x in (*collected.along, *collected.input_grads) if x is not None)
+    rows = sum(carrier.nbytes for carrier in _rows_of(started))
+    gathered = 0 if gather is None else gather.nbytes
+    return along + rows + progress.store.nbytes + gathered + _final_bytes(progress)
+
+
+def _final_bytes(progress: Progress) -> int:
+    """Of the state after the last chunk, but for rows, which it shares with the buffer."""
+    leaves = [leaf for leaf in tree.leaves(progress.final_state) if not isinstance(leaf, Growing)]
+    return sum(x.nbytes for x in map(raw_tensor, leaves) if x is not None)
+
+
+def _reach_of(carrier: RowsCarrier) -> int | None:
+    """How many rows before it the last chunk asked for, where that was not all there were."""
+    reach = carrier._reach  # pyright: ignore[reportPrivateUsage]
+    return reach if reach is not None and reach < carrier.length else None
 
 
 @contextmanager
@@ -222,23 +347,23 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def first_tokens(given: Any, tokens: int) -> Any:
-    """Inputs or targets cut off after so many tokens: leaves of their own, where they take gradients."""
+def tokens_between(given: Any, start: int, stop: int) -> Any:
+    """A part of inputs or targets: leaves of their own, where they take gradients."""
     if hasattr(given, "read"):
-        return _Beginning(given, tokens)
+        return _Part(given, start, stop)
 
     def cut(x: Tensor) -> Tensor:
-        part = x[:tokens] if x.dim() == 1 else x[:, :tokens]
+        part = x[start:stop] if x.dim() == 1 else x[:, start:stop]
         return part.detach().requires_grad_() if x.requires_grad else part
 
     return tree.map_tensors(cut, given)
 
 
-class _Beginning:
-    """The beginning of what a reader gives."""
+class _Part:
+    """A part of what a reader gives."""
 
-    def __init__(self, reader: Any, length: int) -> None:
-        self._reader, self.length, self.batch = reader, length, reader.batch
+    def __init__(self, reader: Any, start: int, stop: int) -> None:
+        self._reader, self._start, self.length, self.batch = reader, start, stop - start, reader.batch
 
     def read(self, start: int, stop: int) -> Any:
-        return self._reader.read(start, stop)
+        return self._reader.read(self._start + start, self._start + stop)
