@@ -13,6 +13,7 @@ import pytest
 
 from slimgrad.budget.plan import Plan
 from slimgrad.budget.process import resident_bytes
+from slimgrad.cli.budgeted import keep_within
 from slimgrad.cli.ways import Point, Ways, picture_ways, sketch_ways
 from tests.cli.running import FOX, SHAPE, config, everything, measured, refuse, rows, succeed
 
@@ -58,7 +59,7 @@ def test_a_plan_is_printed_with_its_account_and_drawn(trained: Path, tmp_path: P
     assert "extrapolated, by a straight line through 256 and 512 tokens" in shown
 
 
-def test_the_drawings_have_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_drawings_have_every_way() -> None:
     ways = Ways(
         chunks={16: Point(10.0, 900.0), 64: Point(20.0, 30.0), 256: Point(300.0, 20.0)},
         marked={"chosen": (64, Point(20.0, 30.0))},
@@ -109,16 +110,30 @@ def test_going_on_a_chunk_takes_the_place_of_the_budget_and_a_budget_that_of_the
     fox: Path, tmp_path: Path, memory: str
 ) -> None:
     out = tmp_path / "run"
-    succeed("train", fox, *BUDGETED, "--memory", memory, "--schedule", "keep", "--out", out)
+    succeed("train", fox, *BUDGETED, "--memory", memory, "--out", out)
+    assert config(out)["schedule"] != "auto"
     succeed("train", "--resume", out, "--chunk", 40)
     assert {name: config(out)[name] for name in ("chunk", "memory", "schedule")} == {
-        "chunk": 40, "memory": None, "schedule": "keep",
+        "chunk": 40, "memory": None, "schedule": "auto",
     }  # fmt: skip
     assert "plan" not in record(out)
     succeed("train", "--resume", out, "--memory", memory, "--schedule", "rebuild")
     assert config(out)["memory"] == memory
     assert record(out)["plan"]["schedule"].startswith("rebuild")
     assert [session["memory"] for session in record(out)["sessions"]] == [memory, None, memory]
+
+
+def test_with_a_budget_malloc_is_set_first_and_the_wall_last(monkeypatch: pytest.MonkeyPatch, memory: str) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr("slimgrad.cli.budgeted.return_large_blocks", lambda: done.append("malloc"))
+    monkeypatch.setattr("slimgrad.cli.budgeted.load_what_loads_late", lambda: done.append("loaded"))
+    monkeypatch.setattr("slimgrad.cli.budgeted.set_wall", lambda budget, *, has_plan: done.append((budget, has_plan)))
+    num_bytes = int(memory.removesuffix("MB")) * 1_000_000
+    keep_within(memory, "cpu", has_plan=False)
+    keep_within(memory, "cpu", trains=False)
+    keep_within("1MB", "cpu")
+    keep_within(None, "cpu")
+    assert done == ["malloc", "loaded", (num_bytes, False), "malloc", (num_bytes, True)]
 
 
 def test_of_documents_the_longest_is_planned_for(documents: Path, tmp_path: Path, memory: str) -> None:

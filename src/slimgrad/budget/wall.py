@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 
 from slimgrad.budget import process
+from slimgrad.errors import InputError
 
 _LEAST, _SHARE = 256 << 20, 4
 _STACK = 8 << 20  # where the stacks of threads have no limit
@@ -39,7 +40,7 @@ def set_wall(budget: int, *, has_plan: bool = True) -> int | None:
         budget already, or has a lower limit.
 
     Raises:
-        InputError: without a plan, the process has more data already than the wall would leave it.
+        InputError: without a plan, the process has more data already than the budget would leave it.
     """
     data, resident = process.proc_status("VmData"), process.resident_bytes()
     if sys.platform != "linux" or data is None or resident is None or resident >= budget:
@@ -50,7 +51,13 @@ def set_wall(budget: int, *, has_plan: bool = True) -> int | None:
     if has_plan:
         wall = data + budget - resident + max(_LEAST, budget // _SHARE) + stacks
     else:
-        wall = budget - (process.proc_status("RssFile") or 0)
+        files = process.proc_status("RssFile") or 0
+        wall = budget - files
+        if wall <= data:
+            raise InputError(
+                f"memory of {budget / 1e6:,.0f} MB without chunks: expected more than {(data + files) / 1e6:,.0f} MB, "
+                "which is what Python and torch may use before any work"
+            )
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if any(limit not in (resource.RLIM_INFINITY, -1) and limit <= wall for limit in (soft, hard)):
         return None
