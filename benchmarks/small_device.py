@@ -2,9 +2,9 @@
 
     python -m benchmarks.small_device RUN FILE      # writes results/small_device.json (Linux)
 
-Each try is `slimgrad finetune RUN FILE --memory LIMIT` in a process of its own, whose data the kernel limits
-(RLIMIT_DATA). The limit is halved in upon to 10 MB; the model that comes out under the lowest limit is compared, byte
-by byte, with the one that comes out without a limit.
+Each try is `slimgrad finetune RUN FILE` in a process of its own, whose data the kernel limits (RLIMIT_DATA). The limit
+is halved in upon to 10 MB; the model that comes out under the lowest limit is compared, byte by byte, with the one that
+comes out without a limit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,13 @@ from typing import Any
 from benchmarks.measure import save
 
 STEP_MB = 10
+ULIMIT = ["sh", "-c", 'ulimit -d "$0" && exec "$@"']  # then the limit in KiB, and the command
+BASE = """
+from slimgrad.budget.process import proc_status
+from slimgrad.cli.budgeted import load_what_loads_late
+load_what_loads_late()
+print(proc_status("VmData"))
+"""
 
 
 class Trial:
@@ -35,8 +41,8 @@ class Trial:
         """The checksum of the tuned model (None: the process died), and what it said last."""
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "run")
-            limit = [] if limit_mb is None else ["--memory", f"{limit_mb}MB"]
-            done = subprocess.run([*self.command, "--out", str(out), *limit], capture_output=True, text=True)
+            limited = [] if limit_mb is None else [*ULIMIT, str(limit_mb * 1_000_000 // 1024)]
+            done = subprocess.run([*limited, *self.command, "--out", str(out)], capture_output=True, text=True)
             words = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
             if done.returncode != 0:
                 return None, f"exit status {done.returncode}: {words[0] if words else ''}"
@@ -44,12 +50,10 @@ class Trial:
             return hashlib.sha256(model.read_bytes()).hexdigest(), done.stdout
 
 
-def base_mb(trial: Trial) -> int:
-    """What Python and torch hold before any work, as the command itself says it."""
-    _, words = trial(1)
-    found = re.search(r"more than the ([\d,]+) MB", words)
-    assert found, words
-    return int(found[1].replace(",", ""))
+def base_mb() -> int:
+    """The data that Python and torch hold before any work, with what they load late."""
+    done = subprocess.run([sys.executable, "-c", BASE], capture_output=True, text=True, check=True)
+    return int(done.stdout) // 1_000_000
 
 
 def limits(trial: Trial, low: int, high: int) -> tuple[int, int, str]:
@@ -79,7 +83,7 @@ def main() -> None:
     for length in given.lengths:
         for method in ("chunked", "checkpoint", "plain"):
             trial = Trial(given.run, given.file, method, length, given.chunk, given.steps)
-            base = base_mb(trial)
+            base = base_mb()
             unlimited, _ = trial(None)
             dies, lives, words = limits(trial, base, base + 128)
             same = trial(lives)[0] == unlimited
