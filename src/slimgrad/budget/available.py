@@ -73,8 +73,8 @@ def return_large_blocks() -> bool:
     libc = _libc()
     if libc is None or not hasattr(libc, "mallopt"):
         return False
-    _set.done = bool(libc.mallopt(_M_MMAP_THRESHOLD, THRESHOLD))
-    return _set.done
+    _malloc.returns_large_blocks = bool(libc.mallopt(_M_MMAP_THRESHOLD, THRESHOLD))
+    return _malloc.returns_large_blocks
 
 
 def slack(device: torch.device) -> Slack:
@@ -82,7 +82,7 @@ def slack(device: torch.device) -> Slack:
     if device.type == "cuda":
         return CUDA
     named = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
-    returned = _set.done or (named.isdecimal() and int(named) <= THRESHOLD)
+    returned = _malloc.returns_large_blocks or (named.isdecimal() and int(named) <= THRESHOLD)
     return RETURNED if returned else DEFAULT_MALLOC
 
 
@@ -99,13 +99,13 @@ def fault_seconds() -> float:
     return max(0.0, touch(fresh) - touch(fresh)) / _TOUCHED
 
 
-class _Set:
-    """Whether `return_large_blocks` was called."""
+class _Malloc:
+    """What this process has set of it."""
 
-    done = False
+    returns_large_blocks = False
 
 
-_set = _Set()
+_malloc = _Malloc()
 
 
 def _libc() -> Any:
