@@ -192,9 +192,11 @@ class Chooser:
             kept = (schedule.num_slots(swept) + (1 if tape or work.to_end else 0)) * per_slot
             kept += 0 if isinstance(schedule, Keep) else costs.plain  # the state at hand is none of those
         kept += 3 * costs.plain + costs.sums if tape else 0  # before the tape; its first chunk's own; after it
+        held = len(work.lengths) if work.differentiates else 1  # the result has the adjoints
+        log = costs.sums // 5  # of quanta that chunks widen after those that were measured
         account = {
             "gradients": costs.gradients,
-            "state and adjoint": int(costs.bytes["held"](chunk) * at_once) + costs.final * len(work.lengths),
+            "state and adjoint": (int(costs.bytes["held"](chunk)) + log) * held + costs.final * len(work.lengths),
             "kept states": kept * at_once,
             "rows": sum(self._rows(length, chunk) for length in work.lengths),  # final states share them
             "outputs": int(costs.along * sum(work.lengths)),
@@ -208,9 +210,10 @@ class Chooser:
         return Way(chunk, schedule, account, self._seconds(chunk, schedule))
 
     def _rows(self, length: int, chunk: int) -> int:
-        """Bytes of the rows of one sequence: the buffer is made for whole chunks, and more."""
-        room = self.costs.given + chunk * len(Cut(length, chunk))
-        return int(self.costs.rows * -(-room // 64) * 64 + self.costs.row_grads * (self.costs.given + length))
+        """Bytes of the rows of one sequence: the buffer is made for whole chunks, beside the rows that were given."""
+        costs = self.costs
+        room = -(-(costs.given + chunk * len(Cut(length, chunk))) // 64) * 64
+        return int(costs.rows * (room + costs.given) + costs.row_grads * (costs.given + length))
 
     def _seconds(self, chunk: int, schedule: Schedule) -> float:
         costs, work, total = self.costs, self.work, 0.0

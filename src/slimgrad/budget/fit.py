@@ -11,7 +11,7 @@ that bytes have a fit for either, and the larger counts. Of rows in a window p i
 
 Then y is scaled so that no measurement of bytes lies above it, and none of seconds, which other work only makes longer,
 below. By how much: for bytes, between two sizes that were measured as for the one that needs more; for seconds, between
-the two; beyond the largest as it was there.
+the two; beyond the largest as for the two largest.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ class _Curve:
         else:
             place = bisect_left(self._sizes, size)
             exact = place < len(self._sizes) and self._sizes[place] == size
-            ratio = max(self._ratios[place : place + 1] if exact else self._ratios[max(0, place - 1) : place + 1])
+            first = place if exact else max(0, min(place, len(self._sizes) - 1) - 1)
+            ratio = max(self._ratios[first : place + 1])
         return ratio * self._plain(chunk, before)
 
     def _plain(self, chunk: int, before: float) -> float:

@@ -34,9 +34,10 @@ from slimgrad.sweep.schedules.base import Schedule
 from slimgrad.sweep.schedules.names import schedule_as_text
 
 SIZES, CHUNKS = (64, 128, 256), 4  # of the first measurements
-FAR = ((16, 512), (16, 1024), (64, 512), (64, 1024), (128, 1024))  # and of rows: chunk, tokens before it
+FAR = tuple((chunk, before) for before in (512, 1024) for chunk in (16, 64, 128, 256) if chunk * 4 <= before)  # of rows
 _SHARE = 16  # a chosen size is measured too, if two chunks of it are one in so many of the tokens
 _LARGE_ENOUGH = 1024  # or no more than these
+_NEAR = 1.5  # times a size that was measured is near enough
 _MORE = 4  # sizes that are measured for one plan
 
 
@@ -239,12 +240,13 @@ class _Planning:
             budget = self._budget()
             chooser = _chooser(request, self.prober)
             spent = self.held + sum(request.reserved.values())
-            way = chooser.best(budget - spent)
-            if way is None:
-                raise InputError(_too_small(budget, spent, chooser.smallest()))
-            size = min(way.chunk, max(_LARGE_ENOUGH, longest // _SHARE))
-            more = size not in self.prober.sizes if way.chunk == size else size > 1.5 * max(self.prober.sizes)
-            if not more or not left:
+            way = chooser.best(budget - spent) or chooser.smallest()
+            limit = max(_LARGE_ENOUGH, longest // _SHARE)
+            size = way.chunk if way.chunk <= _NEAR * limit else limit
+            more = size not in self.prober.sizes if way.chunk == size else size > _NEAR * max(self.prober.sizes)
+            if not (more and left):
+                if way.num_bytes > budget - spent:
+                    raise InputError(_too_small(budget, spent, way))
                 return self._as_plan(chooser, way, budget, spent)
             left -= 1
             has_rows = self.prober.costs.rows > 0

@@ -52,7 +52,7 @@ class Costs:
         given: rows that the state has before the first token.
         reach: how many rows before it a chunk sees, at most; None: all, as far as is known.
         final: the state after the last token, for the caller.
-        along: each token's outputs or losses, where they are collected, and gradients of inputs.
+        along: each token's outputs or losses with their gradients, where they are collected, and gradients of inputs.
         gradients: the buffers in which the parameters' gradients gather.
         records: 64-bit checksums of each chunk.
     """
@@ -94,6 +94,7 @@ class Prober:
         self.states: dict[int, Any] = {}
         self._leaves: list[Tensor | None] = []  # the buffers of gradients: shapes that take no memory
         self._wide: dict[str, Tensor] = {}
+        self._along_bytes = 0
 
     def measure(self, make: MakeCall, chunk: int, tokens: int) -> None:
         """Measure chunks of `chunk` tokens.
@@ -132,16 +133,16 @@ class Prober:
         itself, as buffers of rows do, is no part of it. Gradients and adjoint are there when the reverse sweep begins,
         so that its first chunk is like the others.
         """
-        live, begun, peak = LiveBytes(self._threshold), _Bytes(), _Bytes()
+        live, begun, peak, after = LiveBytes(self._threshold), _Bytes(), _Bytes(), before > 0
         kept, to_tape = dict[int, _Bytes](), dict[int, _Bytes]()
 
         def now() -> _Bytes:
-            return _Bytes(live.live - _by_itself(started), live.small)
+            return _Bytes(live.live - self._by_itself(started), live.small)
 
         def read(span: Span, *, head: bool) -> Piece:
             nonlocal begun
             begun = now()
-            if started.run.holds_no_graph and (started.run.progress.phase == "reverse" or not self._differentiates):
+            if self._is_held(started, span):
                 self._note("bytes", "held", span, before, begun.all)
             live.reset_peak()
             piece = as_read(span, head=head)
@@ -159,7 +160,7 @@ class Prober:
 
         def collect(piece: Piece, result: ChunkResult, phase: str) -> None:
             nonlocal peak
-            peak = _Bytes(live.peak - _by_itself(started), live.peak_small)
+            peak = _Bytes(live.peak - self._by_itself(started), live.peak_small)
             as_collected(piece, result, phase)
 
         def taken(then: _Bytes) -> _Bytes:
@@ -177,13 +178,13 @@ class Prober:
             elif self._is_on_tape(event, chunk, tokens):
                 to_tape[span.start], kept[span.start] = taken(peak), taken(now())
                 note("kept", span, kept[span.start])
-            else:
+            elif span.start or not after:  # the first after other tokens has a second copy of their rows for a moment
                 note("forward", span, taken(peak))
 
         gc.collect()
         with live:
             call, started = self._begin(make, chunk, tokens, on_chunk)
-            before += self._look_at_rows(started, given=before == 0)
+            before += self._look_at_rows(started, given=not after)
             program = started.program
             as_read, as_backward, as_collected = program.read, program.backward, program.collect
             program.read, program.backward, program.collect = read, backward, collect
@@ -210,13 +211,30 @@ class Prober:
         last = perf_counter()
         self._run(call, started)
 
+    def _by_itself(self, started: Started) -> int:
+        """Bytes now of all that the account has beside chunk, state and adjoint."""
+        program, progress = started.program, started.run.progress
+        gather, collected = program.shared.gather, program.collected
+        along = sum(x.nbytes for x in (*collected.along, *collected.input_grads) if x is not None)
+        rows = sum(carrier.nbytes for carrier in _rows_of(started))
+        gathered = 0 if gather is None else gather.nbytes
+        return along + self._along_bytes + rows + progress.store.nbytes + gathered + _final_bytes(progress)
+
+    def _is_held(self, started: Started, span: Span) -> bool:
+        """Whether state and adjoint are there, and no graph."""
+        if not self._differentiates or "held" not in self._points["bytes"]:
+            return True
+        run, time = started.run, started.program.time
+        return run.progress.phase == "reverse" and run.holds_no_graph and span.stop < time
+
     def _is_on_tape(self, event: Event, chunk: int, tokens: int) -> bool:
         count = len(Cut(tokens, chunk))
         return self._differentiates and event.start >= chunk * (count - _taped(count))
 
     def _begin(self, make: MakeCall, chunk: int, tokens: int, on_chunk: OnChunk) -> tuple[Call, Started]:
         call = make(tokens, Keep(tape=_taped(len(Cut(tokens, chunk)))), on_chunk)
-        return call, call.start(0, differentiates=self._differentiates)
+        to_end = self._head and self._differentiates  # as a loss, or outputs, to go back from later
+        return call, call.start(0, differentiates=self._differentiates, to_end=to_end)
 
     def _run(self, call: Call, started: Started, *, gradients: bool = False) -> None:
         started.run.forward(head=self._head)
@@ -232,10 +250,10 @@ class Prober:
             call.gather.load_state({"leaves": zeros, "wide": wide, "backwards": 1, "sinks": {}})
             del zeros, wide
         self._look_at_kept(started)
-        along = started.program.collected.along
-        started.reverse(
-            lambda span: [torch.ones_like(x[:, slice(*span)]) for x in along] if along else [call.loss_grad]
-        )
+        along = [torch.ones_like(x) for x in started.program.collected.along]  # their cotangents, whole as a caller's
+        self._along_bytes = sum(x.nbytes for x in along)
+        started.reverse(lambda span: [x[:, slice(*span)] for x in along] if along else [call.loss_grad])
+        self._along_bytes = 0
         self.costs.gradients = max(self.costs.gradients, call.gather.nbytes)
         gathered = call.gather.state()
         self._leaves = [None if x is None else _shape_of(x) for x in gathered["leaves"]]
@@ -251,8 +269,9 @@ class Prober:
         """What copies of the state take, and which of its tensors never change: these are kept once."""
         costs, progress, program = self.costs, started.run.progress, started.program
         align = alignment_bytes(program.device)
-        collected = program.collected
-        costs.along = sum(x.nbytes for x in (*collected.along, *collected.input_grads) if x is not None) / program.time
+        along = sum(x.nbytes for x in program.collected.along) * (2 if self._differentiates else 1)
+        input_grads = sum(x.nbytes for x in program.collected.input_grads if x is not None)
+        costs.along = (along + input_grads) / program.time
         if progress.final_state is None:  # of a single chunk, which is reversed straight away
             return
         costs.plain, costs.sums, costs.final = 0, 0, _final_bytes(progress)
@@ -301,16 +320,6 @@ def _enter_zeros(progress: Progress) -> None:
 
 def _rows_of(started: Started) -> list[RowsCarrier]:
     return [carrier for carrier in started.run.progress.carriers if isinstance(carrier, RowsCarrier)]
-
-
-def _by_itself(started: Started) -> int:
-    """Bytes now of all that the account has beside chunk, state and adjoint."""
-    program, progress = started.program, started.run.progress
-    gather, collected = program.shared.gather, program.collected
-    along = sum(x.nbytes for x in (*collected.along, *collected.input_grads) if x is not None)
-    rows = sum(carrier.nbytes for carrier in _rows_of(started))
-    gathered = 0 if gather is None else gather.nbytes
-    return along + rows + progress.store.nbytes + gathered + _final_bytes(progress)
 
 
 def _final_bytes(progress: Progress) -> int:
