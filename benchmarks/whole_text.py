@@ -9,7 +9,7 @@ TEXT is a file or a folder; `--bytes` takes its beginning alone (of `check` and 
     slimgrad train TEXT --length all --steps 1 --memory 1GiB --set model.layers=2 --set model.width=128 ...
 
 Its gradient is read off the optimiser's first moment, which after one step is a tenth of it (clipped). Beside the
-error is that of the same computation in plain float32: Algorithm 1 again, in float32, since backpropagation over the
+error is that of the same chunks in plain float32: Algorithm 1 again, in float32, since backpropagation over the
 whole would need tens of gigabytes. What the run measured by the way (seconds, memory, adjoint) is in its traces/.
 """
 
@@ -44,7 +44,7 @@ from slimgrad.sweep.random import derive_seed, seeded
 
 SHAPE = {"layers": 2, "width": 128, "heads": 2}
 SLIMGRAD = str(Path(sys.executable).parent / "slimgrad")
-BYTES, MEMORY, CHUNK = 2_000_000, "1GiB", 8192
+BYTES, MEMORY = 2_000_000, "1GiB"
 
 
 def command(text: Path, out: Path, memory: str) -> list[str]:
@@ -92,7 +92,7 @@ def specified(config: TrainConfig, text: Path, dtype: torch.dtype) -> tuple[floa
     inputs = batch.sequences[0]
     time_ = inputs.length if hasattr(inputs, "read") else inputs.shape[1]
     read = inputs.read if hasattr(inputs, "read") else lambda start, stop: inputs[:, start:stop]
-    spans = [(start, min(start + CHUNK, time_)) for start in range(0, time_, CHUNK)]
+    spans = [(start, min(start + config.chunk, time_)) for start in range(0, time_, config.chunk)]
 
     def step(span: Tensor, state: Any) -> tuple[Tensor, Any]:
         start, stop = (int(x) for x in span)

@@ -32,7 +32,7 @@ THRESHOLD = 1 << 20  # bytes of a block from which on it is mapped by itself
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _CGROUP = Path("/sys/fs/cgroup")
 _KEPT_FREE = 10  # one in so many of the free bytes is left alone
-_TOUCHED = 32 << 20
+_TOUCHED = 4 << 20
 
 # Beside the bytes of live tensors. Measured over the models and budgets of benchmarks/results/budget.json.
 DEFAULT_MALLOC = Slack(threshold=1 << 62, small=1.3, share=0.0, fixed=16 << 20)

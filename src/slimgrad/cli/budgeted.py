@@ -7,7 +7,7 @@ from rich.console import Console
 
 from slimgrad.budget.available import return_large_blocks
 from slimgrad.budget.plan import Plan
-from slimgrad.budget.process import peak_resident_bytes, resident_bytes
+from slimgrad.budget.process import peak_resident_bytes, reset_peak, resident_bytes
 from slimgrad.budget.size import parse_bytes
 from slimgrad.budget.wall import set_wall
 from slimgrad.bytelm import TrainConfig, pick_device, train
@@ -50,9 +50,14 @@ def load_what_loads_late() -> None:
 
 
 def plan_visibly(config: TrainConfig) -> Plan | None:
-    """The plan of a run, as `plan_run` has it; a terminal says meanwhile what takes so long."""
+    """The plan of a run, as `plan_run` has it; a terminal says meanwhile what takes so long.
+
+    The peak begins anew after it: what was measured for the plan was within the budget, and is no part of the account.
+    """
     with Console(stderr=True).status("measuring what chunks take"):
-        return plan_run(config)
+        plan = plan_run(config)
+    reset_peak()
+    return plan
 
 
 def peak_in_words(memory: str, plan: Plan | None) -> str:
