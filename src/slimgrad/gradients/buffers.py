@@ -126,12 +126,6 @@ class Gather:
         """A gradient of the chunk under way is about to be added."""
         self._touched = True
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what has gathered."""
-        leaves = [edge.node.variable.grad for edge in self.edges]  # pyright: ignore
-        return sum(x.nbytes for x in (*leaves, *self._wide.values()) if x is not None)
-
     def state(self) -> dict[str, Any]:
         """What has gathered, and the sinks' own."""
         leaves = [edge.node.variable.grad for edge in self.edges]  # pyright: ignore

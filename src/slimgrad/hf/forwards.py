@@ -11,20 +11,18 @@ import inspect
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.utils.generic import ModelOutput
 
 from slimgrad import api
 from slimgrad.budget.plan import Plan
 from slimgrad.budget.planning import Request, decide
 from slimgrad.call.arguments import Options
-from slimgrad.errors import InputError, ModelError
+from slimgrad.errors import ModelError
 from slimgrad.hf import mends
 from slimgrad.hf.batch import (
     PER_TOKEN,
@@ -35,7 +33,7 @@ from slimgrad.hf.batch import (
 )
 from slimgrad.hf.certificate import Certificate
 from slimgrad.hf.configured import decisive, refuse_changed
-from slimgrad.hf.head import IGNORED, PIECE, linear_loss, loss_in_pieces
+from slimgrad.hf.head import IGNORED, PIECE, LossOutput, linear_loss, loss_in_pieces
 from slimgrad.hf.rope import depends_on_length
 from slimgrad.hf.smoke import require_same_outputs
 from slimgrad.hf.step import BaseStep
@@ -240,15 +238,25 @@ class BaseForward(_Forward):
 
     def swept(self, sequences: list[dict[str, Tensor]], chunk: int | None = None) -> list[Any]:
         """What the step gives along each sequence."""
+        request = self.request(sequences)
+        how = decide(request, chunk=chunk or self.chunk, memory=self.memory, plan=None)
+        self.plan = how.plan
+        self.sweeps += len(sequences)
+        bought: dict[str, Any] = (
+            {"chunk": how.chunk, "schedule": self.schedule} if how.plan is None else {"plan": how.plan}
+        )
+        return api.outputs(self.step, sequences, state=request.options.state, **bought)
+
+    def request(self, sequences: list[dict[str, Tensor]]) -> Request:
+        """What a plan for these sequences is made for, with what a head of ours takes beside the sweep."""
         states: list[Any] | None = None
         if depends_on_length(self.module):
             states = []
             for one in sequences:
                 rows, time = next(iter(one.values())).shape[:2]
                 states.append({**self.step.initial_state(rows), "total": time})
-        self.sweeps += len(sequences)
         options = Options(None, 0, self.schedule, None, 1, states, None)
-        request = Request(
+        return Request(
             self.step,
             sequences,
             None,
@@ -257,11 +265,6 @@ class BaseForward(_Forward):
             differentiates=torch.is_grad_enabled(),
             reserved=self._outside(sequences),
         )
-        how = decide(request, chunk=chunk or self.chunk, memory=self.memory, plan=None)
-        self.plan = how.plan
-        if how.plan is not None:
-            return api.outputs(self.step, sequences, plan=how.plan, state=states)
-        return api.outputs(self.step, sequences, chunk=how.chunk, schedule=self.schedule, state=states)
 
     def _outside(self, sequences: list[dict[str, Tensor]]) -> dict[str, int]:
         """What a head of ours will take beside the sweep, while hidden states and graphs live: bytes."""
@@ -281,36 +284,6 @@ def hooks_in(model: nn.Module) -> list[Any]:
         for hooks in (module._forward_hooks, module._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage]
         for hook in hooks.values()
     ]
-
-
-class NoLogitsError(InputError, AttributeError):
-    """Logits that were never there; for `hasattr` they are absent."""
-
-
-@dataclass
-class LossOutput(ModelOutput):
-    """What a causal model's forward returns in training: the loss. Its logits were never all there at once.
-
-    Attributes:
-        loss: 0-d.
-        past_key_values, hidden_states, attentions: None, as in transformers' own outputs.
-    """
-
-    loss: Tensor | None = None
-    past_key_values: None = None
-    hidden_states: None = None
-    attentions: None = None
-
-    def __getitem__(self, k: Any) -> Any:
-        return self.logits if k == "logits" else super().__getitem__(k)
-
-    @property
-    def logits(self) -> Any:
-        """Not there: says so."""
-        raise NoLogitsError(
-            "the logits of a forward with labels are not kept in training, where the head is taken in pieces. Expected "
-            "them from a forward in eval mode, without labels, or after slimgrad.hf.disable(model)"
-        )
 
 
 class CausalForward(_Forward):

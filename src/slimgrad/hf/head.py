@@ -10,14 +10,16 @@ Cost: the head's three products, as in plain backpropagation; memory: one piece 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from transformers.utils.generic import ModelOutput
 
-from slimgrad.errors import ConsumedError
+from slimgrad.errors import ConsumedError, InputError
 
 PIECE = 512  # tokens whose logits exist at once
 _ROWS = 16_384  # of the weight, whose gradient is made at once in 16 bits
@@ -174,3 +176,33 @@ class _LossInPieces(torch.autograd.Function):
             None if x is None else _scaled(x, scale).to(dtype) for x, dtype in zip(sums, context.dtypes, strict=True)
         ]
         return _scaled(d_hidden, scale), None, None, *found
+
+
+class NoLogitsError(InputError, AttributeError):
+    """Logits that were never there; for `hasattr` they are absent."""
+
+
+@dataclass
+class LossOutput(ModelOutput):
+    """What a causal model's forward returns in training: the loss. Its logits were never all there at once.
+
+    Attributes:
+        loss: 0-d.
+        past_key_values, hidden_states, attentions: None, as in transformers' own outputs.
+    """
+
+    loss: Tensor | None = None
+    past_key_values: None = None
+    hidden_states: None = None
+    attentions: None = None
+
+    def __getitem__(self, k: Any) -> Any:
+        return self.logits if k == "logits" else super().__getitem__(k)
+
+    @property
+    def logits(self) -> Any:
+        """Not there: says so."""
+        raise NoLogitsError(
+            "the logits of a forward with labels are not kept in training, where the head is taken in pieces. Expected "
+            "them from a forward in eval mode, without labels, or after slimgrad.hf.disable(model)"
+        )
