@@ -11,7 +11,7 @@ Of the sequence's rows before a chunk, bytes are counted at their most, and seco
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -99,6 +99,11 @@ class Chooser:
 
     def __init__(self, costs: Costs, work: Work, slack: Slack) -> None:
         self.costs, self.work, self.slack = costs, work, slack
+        self._measured: frozenset[int] = frozenset()
+
+    def keep_to(self, sizes: Iterable[int]) -> None:
+        """From now on try chunks of these sizes, and larger ones."""
+        self._measured = frozenset(sizes)
 
     def best(self, num_bytes: int) -> Way | None:
         """The way to take with so many bytes beside what the process holds; None where none fits."""
@@ -114,13 +119,16 @@ class Chooser:
         return min((way for chunk in self.chunks() for way in self.ways(chunk, 0)), key=lambda way: way.num_bytes)
 
     def chunks(self) -> list[int]:
-        """The sizes that are tried."""
+        """The sizes that are tried. None that leaves one token over, for which buffers of rows would have to grow."""
         longest, sizes, size = self.work.longest, set[int](), FLOOR
         while size < longest:
             sizes.add(size if size < 128 else size // 64 * 64)
             size = max(size + 1, size * 6 // 5)
         sizes |= {-(-longest // count) for count in range(1, 9)}
-        return sorted(sizes)
+        if self._measured:
+            most = max(self._measured)
+            sizes = {size for size in sizes | self._measured if size in self._measured or size > most}
+        return sorted(size for size in sizes if longest % size != 1 or size == 1)
 
     def ways(self, chunk: int, num_bytes: int) -> Iterator[Way]:
         """The ways with this chunk that could be worth it, the smallest among them, whether they fit or not."""

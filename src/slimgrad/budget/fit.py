@@ -7,11 +7,12 @@ whole, e attention to rows before the chunk; d and e only where the state has ro
 without rows would be noise times the square of a size that is far from what was measured.
 
 A peak is the most of several such moments. Where p is 4 C or more another one may count than where it is less, so
-that bytes have a fit for either, and the larger counts. Of rows in a window p is what lies within it.
+that bytes have a fit for either, and the larger counts. Of rows in a window p is what lies within it; chunks before
+which it is not full have a fit of their own.
 
 Then y is scaled so that no measurement of bytes lies above it, and none of seconds, which other work only makes longer,
 below. By how much: for bytes, between two sizes that were measured as for the one that needs more; for seconds, between
-the two; beyond the largest as for the two largest.
+the two; beyond the largest as it was there.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from typing import NamedTuple
 import numpy as np
 
 _FAR = 4  # chunks before
+_NEAR = 1.5  # times the largest size that was measured
+_ENOUGH = 3  # sizes
+_SMALL = 64  # tokens: below, how a model takes its chunk apart itself may count for more than the terms above
 
 
 class Point(NamedTuple):
@@ -48,44 +52,53 @@ class Fit:
     def __init__(
         self, points: Sequence[Point], *, grows: bool, seconds: bool = False, reach: int | None = None
     ) -> None:
-        self.points, self._reach = tuple(points), reach
+        self.points, self._grows, self._seconds, self._reach = tuple(points), grows, seconds, reach
         most: dict[tuple[int, float], float] = {}  # or least: of several at one place
+        kinds: dict[tuple[int, float], tuple[bool, bool]] = {}
         for chunk, before, value in points:
             place = chunk, self._seen(before) if grows else 0.0
             most[place] = (min if seconds else max)(value, most.get(place, value))
-        seen = [Point(chunk, before, value) for (chunk, before), value in most.items()]
-        far = [point for point in seen if not seconds and _is_far(point.chunk, point.before)]
-        near = [point for point in seen if point not in far]
-        self._near = _Curve(near or far, grows=grows, seconds=seconds)
-        self._far = _Curve(far, grows=grows, seconds=seconds) if near and far else None
+            kinds[place] = self._kind(chunk, before)
+        self._curves = {
+            kind: _Curve(
+                [Point(*place, value) for place, value in most.items() if kinds[place] == kind], grows, seconds
+            )
+            for kind in {*kinds.values()}
+        }
 
     def __call__(self, chunk: int, before: float = 0.0) -> float:
         """What a chunk of so many tokens takes after so many others."""
-        before = self._seen(before)
-        found = self._near(chunk, before)
-        if self._far is None or not _is_far(chunk, before):
-            return found
-        return max(found, self._far(chunk, before))
+        whole, far = self._kind(chunk, before)
+        fitting = [self._curves[kind] for kind in {(whole, far), (whole, False)} if kind in self._curves]
+        if not any(chunk <= _NEAR * curve.largest for curve in fitting):
+            fitting += [curve for kind, curve in self._curves.items() if kind[0] != whole]
+        return max(curve(chunk, self._seen(before)) for curve in fitting or self._curves.values())
 
     def _seen(self, before: float) -> float:
         return before if self._reach is None else min(before, self._reach)
 
-
-def _is_far(chunk: int, before: float) -> bool:
-    return before >= _FAR * chunk
+    def _kind(self, chunk: int, before: float) -> tuple[bool, bool]:
+        """Whether all of a window is there, and whether what is seen before the chunk is much longer than it is."""
+        if self._seconds or not self._grows:
+            return False, False
+        whole = self._reach is not None and before >= self._reach
+        return whole, self._seen(before) >= _FAR * chunk
 
 
 class _Curve:
     """Points fitted by one sum of terms. Args: see `Fit`."""
 
-    def __init__(self, points: Sequence[Point], *, grows: bool, seconds: bool) -> None:
+    def __init__(self, points: Sequence[Point], grows: bool, seconds: bool) -> None:
         self._grows, self._seconds = grows, seconds
-        most = max(1e-9, *(point.value for point in points), 0.0)
-        weights = np.array([1 / max(point.value, 1e-3 * most) for point in points])  # errors count relatively
-        columns = np.array([self._terms(point.chunk, point.before) for point in points])
-        values = np.array([point.value for point in points])
-        self._coefficients = _nonnegative(columns * weights[:, None], values * weights)
         sizes = sorted({point.chunk for point in points})
+        large = [size for size in sizes if size >= _SMALL]
+        fitted = [point for point in points if point.chunk >= _SMALL or len(large) < _ENOUGH]
+        most = max(1e-9, *(point.value for point in fitted), 0.0)
+        weights = np.array([1 / max(point.value, 1e-3 * most) for point in fitted])  # errors count relatively
+        columns = np.array([self._terms(point.chunk, point.before) for point in fitted])
+        values = np.array([point.value for point in fitted])
+        self._coefficients = _nonnegative(columns * weights[:, None], values * weights)
+        self.largest = sizes[-1]
         over = {size: [self._over(point) for point in points if point.chunk == size] for size in sizes}
         self._sizes = [math.log(size) for size in sizes]
         self._ratios = [min(over[size]) if seconds else max(over[size]) for size in sizes]
@@ -95,10 +108,9 @@ class _Curve:
         if self._seconds:
             ratio = float(np.interp(size, self._sizes, self._ratios))
         else:
-            place = bisect_left(self._sizes, size)
-            exact = place < len(self._sizes) and self._sizes[place] == size
-            first = place if exact else max(0, min(place, len(self._sizes) - 1) - 1)
-            ratio = max(self._ratios[first : place + 1])
+            place = min(bisect_left(self._sizes, size), len(self._sizes) - 1)
+            between = self._sizes[place] > size and place > 0
+            ratio = max(self._ratios[place - between : place + 1])
         return ratio * self._plain(chunk, before)
 
     def _plain(self, chunk: int, before: float) -> float:

@@ -29,12 +29,14 @@ from slimgrad.errors import InputError
 from slimgrad.gradients.sink import Sink
 from slimgrad.states import raw_tensor
 from slimgrad.sweep import tree
+from slimgrad.sweep.moves import FLOOR
 from slimgrad.sweep.program import OnChunk
 from slimgrad.sweep.schedules.base import Schedule
+from slimgrad.sweep.schedules.keep import Keep
 from slimgrad.sweep.schedules.names import schedule_as_text
 
-SIZES, CHUNKS = (64, 128, 256), 4  # of the first measurements
-FAR = tuple((chunk, before) for before in (512, 1024) for chunk in (16, 64, 128, 256) if chunk * 4 <= before)  # of rows
+SIZES, CHUNKS = (FLOOR, 64, 128, 256), 4  # of the first measurements
+FAR_TOKENS = 8192  # and of rows: chunks with many tokens before them, up to so many
 _SHARE = 16  # a chosen size is measured too, if two chunks of it are one in so many of the tokens
 _LARGE_ENOUGH = 1024  # or no more than these
 _NEAR = 1.5  # times a size that was measured is near enough
@@ -139,8 +141,8 @@ def make_plan(request: Request, memory: int | str | None) -> Plan:
     Raises:
         InputError: an argument does not fit; or the budget is too small: the smallest that would do.
 
-    Cost: when a model is first used so, 4 chunks of 64, of 128 and of 256 tokens, forward and back three times, and two
-    of the chosen size where that is little of the whole. Later calls like it: next to nothing.
+    Cost: when a model is first used so, 4 chunks of 16, 64, 128 and 256 tokens, forward and back three times, and two
+    of the chosen size where that is little of the whole; with rows, some more. Later calls like it: next to nothing.
     """
     model = request.model
     device = device_of(model)
@@ -155,7 +157,10 @@ def make_plan(request: Request, memory: int | str | None) -> Plan:
     with as_it_was(model):
         request.call(request.inputs, request.targets, 1, request.options.schedule, None, request.options.state)
         made = _Planning(request, known.prober, lengths, budget, device)
-        known.plans[wanted] = made.plan(), made.held
+        try:
+            known.plans[wanted] = made.plan(), made.held
+        finally:
+            known.prober.states.clear()
     return known.plans[wanted][0]
 
 
@@ -233,13 +238,15 @@ class _Planning:
                 self._measure(size, CHUNKS * size)
         if not self.prober.sizes:
             self._measure(size := max(1, longest // CHUNKS), min(CHUNKS * size, longest))
-        self._measure_far(*FAR)
+        self._measure_far(*SIZES)
         left = _MORE
         while True:
             self.held = held_bytes(self.device) or 0
             budget = self._budget()
             chooser = _chooser(request, self.prober)
             spent = self.held + sum(request.reserved.values())
+            if not left:
+                chooser.keep_to(self.prober.sizes)
             way = chooser.best(budget - spent) or chooser.smallest()
             limit = max(_LARGE_ENOUGH, longest // _SHARE)
             size = way.chunk if way.chunk <= _NEAR * limit else limit
@@ -251,7 +258,7 @@ class _Planning:
             left -= 1
             has_rows = self.prober.costs.rows > 0
             self._measure(size, min(longest, (CHUNKS if has_rows else 2) * size))
-            self._measure_far((size, CHUNKS * size))
+            self._measure_far(size)
 
     def _budget(self) -> int:
         if self._given is not None:
@@ -264,13 +271,27 @@ class _Planning:
     def _measure(self, chunk: int, tokens: int) -> None:
         self.prober.measure(self._maker(chunk, 0, self._own(self.request.options.state)), chunk, tokens)
 
-    def _measure_far(self, *places: tuple[int, int]) -> None:
+    def _measure_far(self, *sizes: int) -> None:
         """Of a state with rows: chunks that have many more tokens before them than they are long."""
-        prober = self.prober
-        for chunk, before in places:
-            if before in prober.states and before + 2 * chunk <= self.longest:
-                prober.measure_after(self._maker(chunk, before, prober.states[before]), chunk, before)
-        prober.states.clear()
+        prober, states = self.prober, self.prober.states
+        far = min(self.longest - 2 * max(sizes), FAR_TOKENS)
+        if not prober.costs.rows or far <= 0 or not (set(sizes) - set(SIZES) or far > prober.far):
+            return
+        prober.far = max(prober.far, far)
+        for size in sorted(sizes, reverse=True):
+            self._go_to(min(self.longest - 2 * size, FAR_TOKENS))
+            fitting = [before for before in states if CHUNKS * size <= before <= self.longest - 2 * size]
+            for before in {min(fitting), max(fitting)} if fitting else ():
+                prober.measure_after(self._maker(size, before, states[before]), size, before)
+
+    def _go_to(self, tokens: int) -> None:
+        """Find the state after so many tokens."""
+        states = self.prober.states
+        if tokens not in states:
+            begin = max((before for before in states if before < tokens), default=0)
+            state = states.get(begin, self._own(self.request.options.state))
+            call = self._maker(max(SIZES), begin, state)(tokens - begin, Keep(), None)
+            states[tokens] = call.start(0, differentiates=False).run.forward()
 
     def _own(self, given: Any) -> Any:
         """Of inputs, targets or states of several sequences, those of the longest."""
@@ -282,7 +303,7 @@ class _Planning:
         request = self.request
         inputs, targets = self._own(request.inputs), self._own(request.targets)
 
-        def make(tokens: int, schedule: Schedule, on_chunk: OnChunk) -> Call:
+        def make(tokens: int, schedule: Schedule, on_chunk: OnChunk | None) -> Call:
             span = first, first + tokens
             goals = None if targets is None else tokens_between(targets, *span)
             return request.call(tokens_between(inputs, *span), goals, chunk, schedule, on_chunk, state)

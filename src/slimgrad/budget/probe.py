@@ -32,7 +32,7 @@ from slimgrad.sweep.schedules.keep import Keep
 from slimgrad.sweep.store import alignment_bytes
 
 _TAPE = 2  # chunks of a probe on the tape: the second finds no memory that the first has used
-MakeCall = Callable[[int, Schedule, OnChunk], Call]  # over so many of the first tokens
+MakeCall = Callable[[int, Schedule, OnChunk | None], Call]  # over so many of the first tokens
 
 
 @dataclass
@@ -84,6 +84,7 @@ class Prober:
         costs: what was found so far.
         sizes: chunks that were measured.
         states: of models with rows, the state after so many tokens, to measure from there: for who planned to forget.
+        far: after how many tokens was measured.
     """
 
     def __init__(self, *, head: bool, differentiates: bool, threshold: int) -> None:
@@ -92,6 +93,7 @@ class Prober:
         self.costs = Costs()
         self.sizes: list[int] = []
         self.states: dict[int, Any] = {}
+        self.far = 0
         self._leaves: list[Tensor | None] = []  # the buffers of gradients: shapes that take no memory
         self._wide: dict[str, Tensor] = {}
         self._along_bytes = 0
