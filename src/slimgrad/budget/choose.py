@@ -100,6 +100,11 @@ class Chooser:
     def __init__(self, costs: Costs, work: Work, slack: Slack) -> None:
         self.costs, self.work, self.slack = costs, work, slack
         self._measured: frozenset[int] = frozenset()
+        self._most = float("inf")
+
+    def stay_below(self, chunk: float) -> None:
+        """From now on try no larger chunks than that."""
+        self._most = chunk
 
     def keep_to(self, sizes: Iterable[int]) -> None:
         """From now on try chunks of these sizes, and larger ones."""
@@ -128,7 +133,8 @@ class Chooser:
         if self._measured:
             most = max(self._measured)
             sizes = {size for size in sizes | self._measured if size in self._measured or size > most}
-        return sorted(size for size in sizes if longest % size != 1 or size == 1)
+        most = max(self._most, min(sizes))
+        return sorted(size for size in sizes if size <= most and (longest % size != 1 or size == 1))
 
     def ways(self, chunk: int, num_bytes: int) -> Iterator[Way]:
         """The ways with this chunk that could be worth it, the smallest among them, whether they fit or not."""
@@ -241,7 +247,7 @@ class Chooser:
                 seconds = advances * of_chunk("forward", mean) + swept * of_chunk("reverse", mean)
                 seconds += tape * of_chunk("tape", length - tape * chunk / 2)
             total += seconds * length / (count * chunk)  # the last chunk may be a short one
-        if schedule.tape:
+        if schedule.tape and "kept" in costs.bytes:
             count = min(schedule.tape, len(Cut(work.longest, chunk)))
             total += work.fault_seconds * (count - 1) * costs.bytes["kept"](chunk, work.longest)
         return total

@@ -11,14 +11,12 @@ that bytes have a fit for either, and the larger counts. Of rows in a window p i
 which it is not full have a fit of their own.
 
 Then y is scaled so that no measurement of bytes lies above it, and none of seconds, which other work only makes longer,
-below. By how much: for bytes, between two sizes that were measured as for the one that needs more; for seconds, between
-the two; beyond the largest as it was there.
+below: by how much, is interpolated between the sizes that were measured, and beyond the largest stays as it was there.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
@@ -69,9 +67,11 @@ class Fit:
     def __call__(self, chunk: int, before: float = 0.0) -> float:
         """What a chunk of so many tokens takes after so many others."""
         whole, far = self._kind(chunk, before)
-        fitting = [self._curves[kind] for kind in {(whole, far), (whole, False)} if kind in self._curves]
-        if not any(chunk <= _NEAR * curve.largest for curve in fitting):
-            fitting += [curve for kind, curve in self._curves.items() if kind[0] != whole]
+        between = far and self._seen(before) < 2 * _FAR * chunk
+        fitting = [self._curves[kind] for kind in {(whole, far), (whole, far and not between)} if kind in self._curves]
+        for kind in ((whole, False), (not whole, False)):  # where a chunk is far from all sizes
+            if kind in self._curves and not any(curve.covers(chunk) for curve in fitting):
+                fitting.append(self._curves[kind])
         return max(curve(chunk, self._seen(before)) for curve in fitting or self._curves.values())
 
     def _seen(self, before: float) -> float:
@@ -98,19 +98,17 @@ class _Curve:
         columns = np.array([self._terms(point.chunk, point.before) for point in fitted])
         values = np.array([point.value for point in fitted])
         self._coefficients = _nonnegative(columns * weights[:, None], values * weights)
-        self.largest = sizes[-1]
+        self._least, self._most = sizes[0], sizes[-1]
         over = {size: [self._over(point) for point in points if point.chunk == size] for size in sizes}
         self._sizes = [math.log(size) for size in sizes]
         self._ratios = [min(over[size]) if seconds else max(over[size]) for size in sizes]
 
+    def covers(self, chunk: int) -> bool:
+        """Whether such a chunk lies among those that were measured, or near the largest."""
+        return self._least <= chunk <= _NEAR * self._most
+
     def __call__(self, chunk: int, before: float) -> float:
-        size = math.log(chunk)
-        if self._seconds:
-            ratio = float(np.interp(size, self._sizes, self._ratios))
-        else:
-            place = min(bisect_left(self._sizes, size), len(self._sizes) - 1)
-            between = self._sizes[place] > size and place > 0
-            ratio = max(self._ratios[place - between : place + 1])
+        ratio = float(np.interp(math.log(chunk), self._sizes, self._ratios))
         return ratio * self._plain(chunk, before)
 
     def _plain(self, chunk: int, before: float) -> float:

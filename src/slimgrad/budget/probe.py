@@ -276,19 +276,21 @@ class Prober:
         costs.along = (along + input_grads) / program.time
         if progress.final_state is None:  # of a single chunk, which is reversed straight away
             return
-        costs.plain, costs.sums, costs.final = 0, 0, _final_bytes(progress)
+        costs.final = _final_bytes(progress)
+        costs.sums = 0
         costs.rows = costs.row_grads = 0.0
-        leaves = tree.leaves(progress.final_state)
+        leaves, plain = tree.leaves(progress.final_state), 0
         for number, leaf in enumerate(leaves):
             if isinstance(leaf, State):
                 costs.sums += leaf.kept_bytes()
             elif isinstance(leaf, Tensor):
                 tokens = {id(tokens[number]) for _, _, tokens in progress.slots.values()}
-                costs.plain += -(-leaf.nbytes // align) * align if len(tokens) > 1 else 0
+                plain += -(-leaf.nbytes // align) * align if len(tokens) > 1 else 0
             if isinstance(leaf, Growing):
                 row = leaf.value[:, :1]
                 costs.rows += row.nbytes
                 costs.row_grads += row.numel() * max(4, row.dtype.itemsize) if self._differentiates else 0
+        costs.plain = max(costs.plain, plain)  # where one state alone was kept, nothing has changed
         costs.records = len(leaves) + len(tree.leaves(program.data.inputs.whole)) + 2
         reaches = [_reach_of(carrier) for carrier in _rows_of(started)]
         known = [reach for reach in reaches if reach is not None]
