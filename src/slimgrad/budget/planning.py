@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from slimgrad.budget.available import fault_seconds, free_bytes, held_bytes, slack
 from slimgrad.budget.choose import Chooser, Way, Work
 from slimgrad.budget.plan import Plan
-from slimgrad.budget.probe import MakeCall, Prober, as_it_was, tokens_between
+from slimgrad.budget.probe import PROBED_TAPE, MakeCall, Prober, as_it_was, tokens_between
 from slimgrad.budget.process import resident_bytes
 from slimgrad.budget.size import parse_bytes
 from slimgrad.call.arguments import DEFAULT_CHUNK, Call, Options, logger
@@ -29,6 +29,7 @@ from slimgrad.errors import InputError
 from slimgrad.gradients.sink import Sink
 from slimgrad.states import raw_tensor
 from slimgrad.sweep import tree
+from slimgrad.sweep.cut import Cut
 from slimgrad.sweep.moves import FLOOR
 from slimgrad.sweep.program import OnChunk
 from slimgrad.sweep.schedules.base import Schedule
@@ -36,11 +37,14 @@ from slimgrad.sweep.schedules.keep import Keep
 from slimgrad.sweep.schedules.names import schedule_as_text
 
 SIZES, CHUNKS = (FLOOR, 64, 128, 256), 4  # of the first measurements
+FEW = (32, 8)  # in their place, where large batches leave no room for these
 FAR_TOKENS = 8192  # and of rows: chunks with many tokens before them, up to so many
 _SHARE = 16  # a chosen size is measured too, if two chunks of it are one in so many of the tokens
+_STEP = 4  # from one size to the next that is measured: more is too far to tell what it would take
+_TELLS = 64  # tokens: below, what a chunk takes whatever its size hides what each token takes
 _LARGE_ENOUGH = 1024  # or no more than these
 _NEAR = 1.5  # times a size that was measured is near enough
-_MORE = 4  # sizes that are measured for one plan
+_MORE = 6  # sizes that are measured for one plan
 
 
 @dataclass(frozen=True)
@@ -233,8 +237,11 @@ class _Planning:
     def plan(self) -> Plan:
         """Measure, and choose."""
         request, longest = self.request, self.longest
-        for size in SIZES:
-            if size not in self.prober.sizes and size * CHUNKS <= longest:
+        self.held = held_bytes(self.device) or 0
+        for size in (*SIZES, *FEW):  # two at least, or nothing could be told of others
+            wanted = size in SIZES or len(self.prober.sizes) < 2
+            known = size in self.prober.sizes or size * CHUNKS > longest
+            if wanted and not known and self._has_room(size, CHUNKS * size):
                 self._measure(size, CHUNKS * size)
         if not self.prober.sizes:
             self._measure(size := max(1, longest // CHUNKS), min(CHUNKS * size, longest))
@@ -249,16 +256,34 @@ class _Planning:
                 chooser.keep_to(self.prober.sizes)
             way = chooser.best(budget - spent) or chooser.smallest()
             limit = max(_LARGE_ENOUGH, longest // _SHARE)
-            size = way.chunk if way.chunk <= _NEAR * limit else limit
-            more = size not in self.prober.sizes if way.chunk == size else size > _NEAR * max(self.prober.sizes)
-            if not (more and left):
+            most = max(self.prober.sizes)
+            size = min(way.chunk if way.chunk <= _NEAR * limit else limit, _STEP * most)
+            more = left and (size not in self.prober.sizes if way.chunk == size else size > _NEAR * most)
+            tokens = min(longest, (CHUNKS if self.prober.costs.rows else 2) * size)
+            tokens = tokens if self._has_room(size, tokens) else min(longest, 2 * size)
+            if more and not self._has_room(size, tokens):
+                more = 0
+                chooser.stay_below(_NEAR * most)
+                way = chooser.best(budget - spent) or chooser.smallest()
+            if not more:
                 if way.num_bytes > budget - spent:
                     raise InputError(_too_small(budget, spent, way))
                 return self._as_plan(chooser, way, budget, spent)
             left -= 1
-            has_rows = self.prober.costs.rows > 0
-            self._measure(size, min(longest, (CHUNKS if has_rows else 2) * size))
+            self._measure(size, tokens)
             self._measure_far(size)
+
+    def _has_room(self, chunk: int, tokens: int) -> bool:
+        """Whether measuring stays within the budget, as far as smaller sizes tell. The smallest is measured anyway."""
+        if not self.prober.sizes:
+            return True
+        work = Work((tokens,), differentiates=self.request.differentiates)
+        tape = min(PROBED_TAPE, len(Cut(tokens, chunk)) - 1)
+        chooser, most = Chooser(self.prober.costs, work, slack(self.device)), max(self.prober.sizes)
+        predicted = chooser.way(chunk, Keep(tape=tape)).num_bytes
+        if most < _TELLS:
+            predicted = chooser.way(most, Keep(tape=tape)).num_bytes * max(1, chunk // most)
+        return self.held + predicted <= self._budget()
 
     def _budget(self) -> int:
         if self._given is not None:

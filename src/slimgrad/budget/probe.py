@@ -31,7 +31,7 @@ from slimgrad.sweep.schedules.base import Schedule
 from slimgrad.sweep.schedules.keep import Keep
 from slimgrad.sweep.store import alignment_bytes
 
-_TAPE = 2  # chunks of a probe on the tape: the second finds no memory that the first has used
+PROBED_TAPE = 2  # chunks of a probe on the tape: the second finds no memory that the first has used
 MakeCall = Callable[[int, Schedule, OnChunk | None], Call]  # over so many of the first tokens
 
 
@@ -204,7 +204,7 @@ class Prober:
                     self._note("seconds", event.phase, span, given, taken)
             elif event.phase == "forward":
                 on_the_way[event.start] = taken
-            else:
+            elif event.start in on_the_way:  # else the tape did not fit
                 self._note("seconds", "tape", span, given, taken + on_the_way[event.start])
             last = perf_counter()
 
@@ -307,7 +307,7 @@ class _Bytes(NamedTuple):
 
 
 def _taped(count: int) -> int:
-    return min(_TAPE, count - 1)
+    return min(PROBED_TAPE, count - 1)
 
 
 def _shape_of(x: Tensor) -> Tensor:
