@@ -141,7 +141,12 @@ def small_device_table(results: dict[str, Any]) -> str:
 
 def huggingface_table(results: dict[str, Any]) -> str:
     """Memory and time of one gradient over plain backpropagation's, by shape, length and method."""
+    methods = ["plain", "checkpointing", "ours", "ours+checkpointing"]
     rows = [row for row in results["rows"] if "failed" not in row and row["method"] != "plain"]
+    shapes = [*dict.fromkeys(row["shape"] for row in results["rows"])]
+    rows.sort(
+        key=lambda row: (shapes.index(row["shape"]), row["vocabulary"], row["length"], methods.index(row["method"]))
+    )
     lines = [
         "| model | tokens | chunk | method | memory, MB | over plain | seconds | over plain |",
         "|---|---|---|---|---|---|---|---|",
@@ -316,7 +321,11 @@ def huggingface_blocks() -> dict[str, str]:
         results = load(name)
         machine, device = results["machine"], name.partition("-")[2]
         command = "python -m benchmarks.huggingface" + (f" --device {device}" if device else "")
-        where = f"{machine.get('gpu', machine['cpu'])}, torch {machine['torch']}, Python {machine['python']}"
+        chips = [row["machine"].get("gpu", row["machine"]["cpu"]) for row in results["rows"] if "machine" in row]
+        several = {chip: chips.count(chip) for chip in dict.fromkeys(chips)}
+        chip = " and ".join(f"{name} ({count} rows)" for name, count in several.items())
+        chip = chip if len(several) > 1 else machine.get("gpu", machine["cpu"])
+        where = f"{chip}, torch {machine['torch']}, Python {machine['python']}"
         found[name] = f"{huggingface_table(results)}\n\nMeasured by `{command}`: {where}. Each row has its own case."
     return found
 
