@@ -8,6 +8,7 @@ than when it was made (an optimiser's moments) that it would not fit.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -248,6 +249,7 @@ class _Planning:
         self._measure_far(*SIZES)
         left = _MORE
         while True:
+            gc.collect()  # what a sweep leaves behind refers to itself
             self.held = held_bytes(self.device) or 0
             budget = self._budget()
             chooser = _chooser(request, self.prober)

@@ -6,7 +6,6 @@ bytes that are alive. What these runs make is dropped: `.grad`, buffers, generat
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -118,7 +117,6 @@ class Prober:
         self._fit()
 
     def _fit(self) -> None:
-        gc.collect()  # what a sweep leaves behind refers to itself
         costs = self.costs
         for what, fits in (("bytes", costs.bytes), ("small", costs.small), ("seconds", costs.seconds)):
             for name, points in self._points[what].items():
@@ -183,7 +181,6 @@ class Prober:
             elif span.start or not after:  # the first after other tokens has a second copy of their rows for a moment
                 note("forward", span, taken(peak))
 
-        gc.collect()
         with live:
             call, started = self._begin(make, chunk, tokens, on_chunk)
             before += self._look_at_rows(started, given=not after)
@@ -191,6 +188,8 @@ class Prober:
             as_read, as_backward, as_collected = program.read, program.backward, program.collect
             program.read, program.backward, program.collect = read, backward, collect
             self._run(call, started, gradients=True)
+        for name in ("read", "backward", "collect"):  # or they would keep all of it alive
+            del vars(program)[name]
 
     def _time(self, make: MakeCall, chunk: int, tokens: int) -> None:
         last, on_the_way = 0.0, dict[int, float]()
@@ -260,6 +259,8 @@ class Prober:
         gathered = call.gather.state()
         self._leaves = [None if x is None else _shape_of(x) for x in gathered["leaves"]]
         self._wide = {name: _shape_of(x) for name, x in gathered["wide"].items()}
+        del gathered
+        call.gather.take()  # what is left of a call refers to itself, and should not be as large as the model
 
     def _look_at_rows(self, started: Started, *, given: bool) -> int:
         """How many rows the state begins with."""
