@@ -97,9 +97,10 @@ class _Curve:
         weights = np.array([1 / max(point.value, 1e-3 * most) for point in fitted])  # errors count relatively
         columns = np.array([self._terms(point.chunk, point.before) for point in fitted])
         values = np.array([point.value for point in fitted])
-        self._coefficients = _nonnegative(columns * weights[:, None], values * weights)
+        self._coefficients: list[float] = _nonnegative(columns * weights[:, None], values * weights).tolist()
         self._least, self._most = sizes[0], sizes[-1]
         over = {size: [self._over(point) for point in points if point.chunk == size] for size in sizes}
+        self._ratio_at: dict[int, float] = {}
         self._sizes = [math.log(size) for size in sizes]
         self._ratios = [min(over[size]) if seconds else max(over[size]) for size in sizes]
 
@@ -108,20 +109,21 @@ class _Curve:
         return self._least <= chunk <= _NEAR * self._most
 
     def __call__(self, chunk: int, before: float) -> float:
-        ratio = float(np.interp(math.log(chunk), self._sizes, self._ratios))
-        return ratio * self._plain(chunk, before)
+        if chunk not in self._ratio_at:
+            self._ratio_at[chunk] = float(np.interp(math.log(chunk), self._sizes, self._ratios))
+        return self._ratio_at[chunk] * self._plain(chunk, before)
 
     def _plain(self, chunk: int, before: float) -> float:
-        return float(self._terms(chunk, before) @ self._coefficients)
+        return sum(x * y for x, y in zip(self._terms(chunk, before), self._coefficients, strict=True))
 
     def _over(self, point: Point) -> float:
         fitted = self._plain(point.chunk, point.before)
         return point.value / fitted if fitted > 0 else 1.0
 
-    def _terms(self, chunk: int, before: float) -> np.ndarray:
+    def _terms(self, chunk: int, before: float) -> tuple[float, ...]:
         square = 0.0 if self._seconds else float(chunk) * chunk
         rows = (before, chunk * (before + (chunk / 2 if self._seconds else 0.0))) if self._grows else ()
-        return np.array([1.0, chunk, square, *rows])
+        return 1.0, chunk, square, *rows
 
 
 def _nonnegative(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
