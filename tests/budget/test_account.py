@@ -1,4 +1,4 @@
-"""The account of a plan is what its run takes: never less, and not much more. Tensors alive are counted, not estimated."""
+"""The account of a plan is what its run takes: never less, and not much more. Tensors that are alive are counted."""
 
 from __future__ import annotations
 
@@ -147,9 +147,7 @@ def without(term: str) -> Callable[..., choose.Way]:
         ("rows", "cached", "no tape"), ("one chunk", "cached", "no tape"),
     ],
 )  # fmt: skip
-def test_a_term_that_is_left_out_is_seen(
-    term: str, name: str, schedule: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_term_that_is_left_out_is_seen(term: str, name: str, schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose.Chooser, "way", without(term))
     with pytest.raises(AssertionError):
         test_of_any_way(name, schedule)

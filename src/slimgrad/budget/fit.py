@@ -98,6 +98,7 @@ class _Curve:
         columns = np.array([self._terms(point.chunk, point.before) for point in fitted])
         values = np.array([point.value for point in fitted])
         self._coefficients: list[float] = _nonnegative(columns * weights[:, None], values * weights).tolist()
+        self._coefficients[0] = max(self._coefficients[0], 1e-9 * most)  # there is something to be scaled
         self._least, self._most = sizes[0], sizes[-1]
         over = {size: [self._over(point) for point in points if point.chunk == size] for size in sizes}
         self._ratio_at: dict[int, float] = {}
@@ -117,8 +118,7 @@ class _Curve:
         return sum(x * y for x, y in zip(self._terms(chunk, before), self._coefficients, strict=True))
 
     def _over(self, point: Point) -> float:
-        fitted = self._plain(point.chunk, point.before)
-        return point.value / fitted if fitted > 0 else 1.0
+        return point.value / self._plain(point.chunk, point.before)
 
     def _terms(self, chunk: int, before: float) -> tuple[float, ...]:
         square = 0.0 if self._seconds else float(chunk) * chunk
