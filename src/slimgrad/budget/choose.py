@@ -22,9 +22,11 @@ from slimgrad.sweep.moves import FLOOR
 from slimgrad.sweep.schedules.base import Schedule
 from slimgrad.sweep.schedules.binomial import Binomial
 from slimgrad.sweep.schedules.keep import Keep, Rebuild
+from slimgrad.sweep.schedules.names import schedule_as_text
 
 _NEAR = 1.03  # of the fastest
 _MOST_SLOTS = 1 << 16
+_UNDER_WAY = 8  # states that are on their way to a file or from it, at most
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,8 @@ class Chooser:
         kept = 0
         if work.differentiates and swept:
             per_slot = costs.plain + (0 if schedule.rolls_back else costs.sums)
-            kept = (schedule.num_slots(swept) + (1 if tape or work.to_end else 0)) * per_slot
+            slots = schedule.num_slots(swept) + (1 if tape or work.to_end else 0)
+            kept = (slots if schedule.store in ("device", "host") else min(slots, _UNDER_WAY)) * per_slot
             kept += 0 if isinstance(schedule, Keep) else costs.plain  # the state at hand is none of those
         kept += 3 * costs.plain + costs.sums if tape else 0  # before the tape; its first chunk's own; after it
         held = len(work.lengths) if work.differentiates else 1  # the result has the adjoints
@@ -245,9 +248,53 @@ class Chooser:
                 more = 1 if swept and (tape or work.to_end) else 0
                 advances = schedule.num_advances(swept) + more if swept else 0
                 seconds = advances * of_chunk("forward", mean) + swept * of_chunk("reverse", mean)
-                seconds += tape * of_chunk("tape", length - tape * chunk / 2)
+                seconds += tape * of_chunk("tape", costs.given + length - tape * chunk / 2)
             total += seconds * length / (count * chunk)  # the last chunk may be a short one
         if schedule.tape and "kept" in costs.bytes:
             count = min(schedule.tape, len(Cut(work.longest, chunk)))
             total += work.fault_seconds * (count - 1) * costs.bytes["kept"](chunk, work.longest)
         return total
+
+
+def too_small(budget: int, spent: int, way: Way) -> str:
+    """That a budget cannot be met, by what it takes at least, and for what."""
+    name = max(way.account, key=lambda name: way.account[name])
+    return (
+        f"memory of {_mb(budget)}: expected {_mb(spent + way.num_bytes)} at least. The process holds {_mb(spent)} "
+        f"already; {_mb(way.num_bytes)} more are needed with chunks of {way.chunk:,} and "
+        f"{schedule_as_text(way.schedule)}, most of them ({_mb(way.account[name])}) for: {name}"
+    )
+
+
+def reasons(chooser: Chooser, way: Way, num_bytes: int) -> tuple[str, ...]:
+    """Why this chunk, this schedule, this tape."""
+    work, schedule, sizes = chooser.work, way.schedule, chooser.chunks()
+    found = [f"chunk {way.chunk:,}: the largest of those that fit and are within 3 % of the fastest ({_at(way)})"]
+    place = sizes.index(way.chunk)
+    for other in (sizes[max(0, place - 4)], sizes[min(len(sizes) - 1, place + 4)]):
+        if other != way.chunk:
+            ways = chooser.ways(other, num_bytes)
+            best = min(ways, key=lambda one: (one.num_bytes > num_bytes, one.seconds))
+            found.append(
+                f"{other:,} in its place: {_at(best)}" + ("" if best.num_bytes <= num_bytes else " (too much)")
+            )
+    if not work.differentiates:
+        return tuple(found)
+    if work.schedule is not None:
+        found.append(f"{schedule_as_text(work.schedule)}: as asked for")
+    elif schedule.rolls_back:
+        found.append("rebuild: sums are rolled back" + (", plain tensors kept" if chooser.costs.plain else ""))
+    else:
+        found.append(f"{schedule_as_text(schedule)}: copies of the plain tensors for every chunk do not fit")
+    if schedule.tape:
+        without = chooser.way(way.chunk, dataclasses.replace(schedule, tape=0))
+        found.append(f"tape: so many graphs fit; without it {_at(without)}")
+    return tuple(found)
+
+
+def _at(way: Way) -> str:
+    return f"{way.seconds:.3g} s, {_mb(way.num_bytes)} more"
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"

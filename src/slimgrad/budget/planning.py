@@ -7,7 +7,6 @@ than when it was made (an optimiser's moments) that it would not fit.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import weakref
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from slimgrad.budget.available import fault_seconds, free_bytes, held_bytes, slack
-from slimgrad.budget.choose import Chooser, Way, Work
+from slimgrad.budget.choose import Chooser, Way, Work, reasons, too_small
 from slimgrad.budget.plan import Plan
 from slimgrad.budget.probe import PROBED_TAPE, MakeCall, Prober, as_it_was, tokens_between
 from slimgrad.budget.process import resident_bytes
@@ -35,7 +34,6 @@ from slimgrad.sweep.moves import FLOOR
 from slimgrad.sweep.program import OnChunk
 from slimgrad.sweep.schedules.base import Schedule
 from slimgrad.sweep.schedules.keep import Keep
-from slimgrad.sweep.schedules.names import schedule_as_text
 
 SIZES, CHUNKS = (FLOOR, 64, 128, 256), 4  # of the first measurements
 FEW = (32, 8)  # in their place, where large batches leave no room for these
@@ -160,7 +158,10 @@ def make_plan(request: Request, memory: int | str | None) -> Plan:
     if wanted in known.plans and _still_fits(*known.plans[wanted], device):
         return known.plans[wanted][0]
     with as_it_was(model):
-        request.call(request.inputs, request.targets, 1, request.options.schedule, None, request.options.state)
+        options = request.options
+        checked = request.call(request.inputs, request.targets, 1, options.schedule, None, options.state)
+        if request.differentiates and not request.head:
+            checked.require_something_to_differentiate()
         made = _Planning(request, known.prober, lengths, budget, device)
         try:
             known.plans[wanted] = made.plan(), made.held
@@ -269,7 +270,7 @@ class _Planning:
                 way = chooser.best(budget - spent) or chooser.smallest()
             if not more:
                 if way.num_bytes > budget - spent:
-                    raise InputError(_too_small(budget, spent, way))
+                    raise InputError(too_small(budget, spent, way))
                 return self._as_plan(chooser, way, budget, spent)
             left -= 1
             self._measure(size, tokens)
@@ -349,51 +350,8 @@ class _Planning:
             account={name: num_bytes for name, num_bytes in account.items() if num_bytes},
             seconds=way.seconds,
             length=sum(self.lengths),
-            reasons=_reasons(chooser, way, budget - spent),
+            reasons=reasons(chooser, way, budget - spent),
         )
-
-
-def _too_small(budget: int, spent: int, way: Way) -> str:
-    name = max(way.account, key=lambda name: way.account[name])
-    return (
-        f"memory of {_mb(budget)}: expected {_mb(spent + way.num_bytes)} at least. The process holds {_mb(spent)} "
-        f"already; {_mb(way.num_bytes)} more are needed with chunks of {way.chunk:,} and "
-        f"{schedule_as_text(way.schedule)}, most of them ({_mb(way.account[name])}) for: {name}"
-    )
-
-
-def _reasons(chooser: Chooser, way: Way, num_bytes: int) -> tuple[str, ...]:
-    """Why this chunk, this schedule, this tape."""
-    work, schedule, sizes = chooser.work, way.schedule, chooser.chunks()
-    reasons = [f"chunk {way.chunk:,}: the largest of those that fit and are within 3 % of the fastest ({_at(way)})"]
-    place = sizes.index(way.chunk)
-    for other in (sizes[max(0, place - 4)], sizes[min(len(sizes) - 1, place + 4)]):
-        if other != way.chunk:
-            ways = chooser.ways(other, num_bytes)
-            best = min(ways, key=lambda one: (one.num_bytes > num_bytes, one.seconds))
-            reasons.append(
-                f"{other:,} in its place: {_at(best)}" + ("" if best.num_bytes <= num_bytes else " (too much)")
-            )
-    if not work.differentiates:
-        return tuple(reasons)
-    if work.schedule is not None:
-        reasons.append(f"{schedule_as_text(work.schedule)}: as asked for")
-    elif schedule.rolls_back:
-        reasons.append("rebuild: sums are rolled back" + (", plain tensors kept" if chooser.costs.plain else ""))
-    else:
-        reasons.append(f"{schedule_as_text(schedule)}: copies of the plain tensors for every chunk do not fit")
-    if schedule.tape:
-        without = chooser.way(way.chunk, dataclasses.replace(schedule, tape=0))
-        reasons.append(f"tape: so many graphs fit; without it {_at(without)}")
-    return tuple(reasons)
-
-
-def _at(way: Way) -> str:
-    return f"{way.seconds:.3g} s, {_mb(way.num_bytes)} more"
-
-
-def _mb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"
 
 
 def _use(request: Request) -> Any:
