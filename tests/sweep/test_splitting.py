@@ -130,6 +130,22 @@ def test_a_chunk_that_is_advanced_again_is_taken_in_parts(
     assert longest(events, "again") == 32
 
 
+@pytest.mark.parametrize("kind", [LinearAttention, CachedAttention])
+def test_the_chunk_of_a_plan_is_halved_where_memory_is_short_all_the_same(
+    kind: type[nn.Module], refuse: Refuse, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From there on, and not for good: the plan is as it was."""
+    (inputs, targets), model = sequence(kind, TIME), build(kind)
+    plan = sg.Plan(chunk=CHUNK, schedule=sg.Rebuild(tape=1), memory=1 << 30)
+    expected = {"value": backward(model, inputs, targets, plan=plan)} | collect(model)
+    model, events = Refused(model, refuse("forward")), list[sg.Event]()
+    result = sg.backward(model, inputs, targets, plan=plan, on_chunk=events.append)
+    require_close({"value": result.loss} | collect(model), expected)
+    assert (longest(events, "forward"), longest(events, "reverse")) == (CHUNK // 2, CHUNK // 2)
+    assert result.plan is plan
+    assert "taken in parts from here on" in caplog.text
+
+
 @pytest.mark.parametrize("schedule", [sg.Rebuild(), sg.Every(2)], ids=str)
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(
