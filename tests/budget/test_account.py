@@ -80,8 +80,10 @@ def test_of_any_way(name: str, schedule: str) -> None:
     check(asked, sg.Plan(chunk=128, schedule=way.schedule, memory=PLENTY, account=way.account))
 
 
-@pytest.mark.parametrize("way", ["loss", "token_loss", "outputs", "evaluate"])
-@pytest.mark.parametrize("name", ["windowed", "cached"])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [("windowed", "loss"), ("cached", "token_loss"), ("windowed", "outputs"), ("cached", "evaluate")],
+)
 def test_of_whoever_owns_the_loss(name: str, way: str) -> None:
     model, tokens = build(name)
     asked = request(model, tokens, way=way)
@@ -89,8 +91,7 @@ def test_of_whoever_owns_the_loss(name: str, way: str) -> None:
     check(asked, sg.Plan(chunk=64, schedule=found.schedule, memory=PLENTY, account=found.account), way)
 
 
-@pytest.mark.parametrize("way", ["backward", "loss"])
-@pytest.mark.parametrize("name", ["performer", "cached"])
+@pytest.mark.parametrize(("name", "way"), [("linear attention", "loss"), ("cached", "backward")])
 def test_of_several_sequences(name: str, way: str) -> None:
     """Of which all states are held at once, or all results. What is said may be more: documents differ in length."""
     model, tokens = build(name)

@@ -83,20 +83,22 @@ def test_where_nobody_tells(system: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert free_bytes(CPU) is None
 
 
-def free_below_limit(name: str, more: int) -> list[int | None]:
-    """In a child: what is free when the process may have so much more of something than it has."""
+def free_below_limits(more: int) -> list[int | None]:
+    """In a child: what is free when it may have so much more data than it has, and then half as much address space."""
     resource: Any = importlib.import_module("resource")
-    used = process.proc_status("VmData" if name == "RLIMIT_DATA" else "VmSize")
-    assert used is not None
-    resource.setrlimit(getattr(resource, name), (used + more, used + more))
-    return [free_bytes(CPU)]
+    found: list[int | None] = []
+    for name, used, part in (("RLIMIT_DATA", "VmData", 1), ("RLIMIT_AS", "VmSize", 2)):
+        most = (process.proc_status(used) or 0) + more // part
+        resource.setrlimit(getattr(resource, name), (most, most))
+        found.append(free_bytes(CPU))
+    return found
 
 
-@pytest.mark.parametrize("name", ["RLIMIT_DATA", "RLIMIT_AS"])
-def test_a_real_limit_is_seen(name: str) -> None:
+def test_real_limits_are_seen() -> None:
     more = 300 << 20
-    (free,) = call_in_child("tests.budget.test_available:free_below_limit", {"name": name, "more": more}, folder=ROOT)
-    assert 0.85 * more < free <= 0.9 * more  # the process has grown a little in between
+    found = call_in_child("tests.budget.test_available:free_below_limits", {"more": more}, folder=ROOT)
+    for free, part in zip(found, (1, 2), strict=True):  # the process has grown a little in between
+        assert 0.8 * more / part < free <= 0.9 * more / part
 
 
 def test_this_machine_says_something() -> None:
@@ -120,9 +122,9 @@ def test_a_setting_of_malloc_is_known_by_its_name(monkeypatch: pytest.MonkeyPatc
     assert slack(CPU) == DEFAULT_MALLOC
 
 
-def blocks_that_are_freed(returned: bool) -> list[Any]:
+def blocks_that_are_freed() -> list[Any]:
     """In a child: what stays resident of blocks that were freed beside small ones that were not."""
-    assert not returned or available.return_large_blocks()
+    assert available.return_large_blocks()
     small, before = list[torch.Tensor](), process.resident_bytes()
     for _ in range(20):  # in turn, so that a heap would end in a small one each time
         large = [torch.ones(3 << 18) for _ in range(10)]
@@ -136,12 +138,8 @@ def blocks_that_are_freed(returned: bool) -> list[Any]:
 
 def test_large_blocks_that_are_freed_are_returned_at_once() -> None:
     environment = {name: "" for name in os.environ if name.startswith("MALLOC_")}
-    kept, returned = (
-        call_in_child("tests.budget.test_available:blocks_that_are_freed", {"returned": r}, folder=ROOT,
-                      environment=environment)
-        for r in (False, True)
-    )  # fmt: skip
-    assert returned[1]
-    assert not kept[1]
-    assert returned[0] < 2 << 20
-    assert kept[0] > returned[0] + (8 << 20)  # measured: 31 MB
+    kept, is_known = call_in_child(
+        "tests.budget.test_available:blocks_that_are_freed", {}, folder=ROOT, environment=environment
+    )
+    assert is_known
+    assert kept < 2 << 20  # measured: 0.4 MB, and 31 MB under malloc as it is

@@ -61,7 +61,7 @@ def best(found: Chooser, num_bytes: int) -> Way:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(budget=st.floats(1.0, 4000.0), more=st.floats(1.0, 10.0))
 def test_it_fits_and_more_memory_is_never_slower(kind: str, budget: float, more: float) -> None:
     found = chooser(kind, 20_000)
@@ -79,7 +79,7 @@ def test_the_smallest_is_the_smallest(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("times", [1.2, 3, 20, 300])
+@pytest.mark.parametrize("times", [1.2, 20])
 def test_nothing_is_clearly_faster(kind: str, times: float) -> None:
     """Every chunk of a grid, every tape of some, every number of slots of some."""
     found = chooser(kind, 5_000)
