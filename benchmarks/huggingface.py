@@ -30,6 +30,10 @@ from slimgrad.paper.machine import describe_machine
 
 METHODS = ("plain", "checkpointing", "ours", "ours+checkpointing")
 QWEN3 = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151_936, "max_position_embeddings": 1 << 20}
+MAMBA2: dict[str, Any] = {
+    "head_dim": 64, "state_size": 64, "n_groups": 1, "expand": 2, "chunk_size": 64, "vocab_size": 32_000,
+    "tie_word_embeddings": True,
+}  # fmt: skip
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-100M": (
         "Llama",
@@ -44,36 +48,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": 1 << 20,
         },
     ),
-    "mamba2-100M": (
-        "Mamba2",
-        {
-            "hidden_size": 768,
-            "num_hidden_layers": 24,
-            "num_heads": 24,
-            "head_dim": 64,
-            "state_size": 64,
-            "n_groups": 1,
-            "expand": 2,
-            "chunk_size": 64,
-            "vocab_size": 32_000,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "mamba2-20M": (
-        "Mamba2",
-        {
-            "hidden_size": 384,
-            "num_hidden_layers": 6,
-            "num_heads": 12,
-            "head_dim": 64,
-            "state_size": 64,
-            "n_groups": 1,
-            "expand": 2,
-            "chunk_size": 64,
-            "vocab_size": 32_000,
-            "tie_word_embeddings": True,
-        },
-    ),
+    "mamba2-100M": ("Mamba2", {"hidden_size": 768, "num_hidden_layers": 24, "num_heads": 24, **MAMBA2}),
+    "mamba2-20M": ("Mamba2", {"hidden_size": 384, "num_hidden_layers": 6, "num_heads": 12, **MAMBA2}),
     "qwen3.5-100M": (
         "Qwen3_5",
         {

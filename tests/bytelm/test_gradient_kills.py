@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ import torch
 from slimgrad import Event
 from slimgrad.bytelm import RunFolder, train
 from slimgrad.bytelm.folder import read_rows
+from tests import lives
 from tests.bytelm.settings import corpus, last_snapshot, timeless, tiny, whole
 from tests.bytelm.test_journalled import ALWAYS
 
@@ -48,17 +48,7 @@ def main(run: Path) -> None:
     torch.set_num_threads(1)
     draw, said, was = random.Random(0), list[str](), list[str]()
     while True:
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                os.close(reading)
-                live(run, writing)
-                os._exit(0)
-            finally:
-                traceback.print_exc()
-                os._exit(1)
-        os.close(writing)
+        child, reading = lives.begin(live, run)
         with os.fdopen(reading) as pipe:
             if len(was) < KILLS:
                 goal = len(said) + draw.randint(5, CHUNKS // KILLS)

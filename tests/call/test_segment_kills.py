@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +22,7 @@ import pytest
 import torch
 
 import slimgrad as sg
+from tests import lives
 from tests.call.segments import CHUNK, bits, built, counted, different, finished
 
 KILLS, CHUNKS, SAVED_EVERY = 10, 24, 3
@@ -81,17 +81,7 @@ def killed(folder: Path, chain: tuple[str, str, str], draw: random.Random) -> li
     moments = sorted(draw.uniform(0, 0.9 * 2 * LENGTH) for _ in range(KILLS))  # in tokens of both sweeps
     was: list[str] = []
     while True:
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                os.close(reading)
-                live(folder, chain, writing)
-                os._exit(0)
-            finally:
-                traceback.print_exc()
-                os._exit(1)
-        os.close(writing)
+        child, reading = lives.begin(live, folder, chain)
         said = ["loading 0"]
         with os.fdopen(reading) as pipe:
             if len(was) < KILLS:

@@ -17,6 +17,7 @@ from functools import cached_property
 
 from slimgrad.budget.fit import Fit
 from slimgrad.budget.probe import Costs
+from slimgrad.budget.size import in_megabytes
 from slimgrad.sweep.cut import Cut
 from slimgrad.sweep.moves import FLOOR
 from slimgrad.sweep.schedules.base import Schedule
@@ -112,18 +113,25 @@ class Chooser:
         """From now on try chunks of these sizes, and larger ones."""
         self._measured = frozenset(sizes)
 
-    def best(self, num_bytes: int) -> Way | None:
-        """The way to take with so many bytes beside what the process holds; None where none fits."""
-        fitting = [way for chunk in self.chunks() for way in self.ways(chunk, num_bytes) if way.num_bytes <= num_bytes]
+    def best(self, num_bytes: int, chunks: Iterable[int] | None = None) -> Way | None:
+        """The way to take with so many bytes beside what the process holds; None where none fits.
+
+        Args:
+            num_bytes: what there is.
+            chunks: sizes to choose from; None: all that are tried.
+        """
+        sizes = self.chunks() if chunks is None else chunks
+        fitting = [way for chunk in sizes for way in self.ways(chunk, num_bytes) if way.num_bytes <= num_bytes]
         if not fitting:
             return None
         fastest = min(way.seconds for way in fitting)
         near = [way for way in fitting if way.seconds <= _NEAR * fastest]
         return max(near, key=lambda way: (way.chunk, -way.num_bytes))
 
-    def smallest(self) -> Way:
+    def smallest(self, chunks: Iterable[int] | None = None) -> Way:
         """The way that takes the fewest bytes."""
-        return min((way for chunk in self.chunks() for way in self.ways(chunk, 0)), key=lambda way: way.num_bytes)
+        sizes = self.chunks() if chunks is None else chunks
+        return min((way for chunk in sizes for way in self.ways(chunk, 0)), key=lambda way: way.num_bytes)
 
     def chunks(self) -> list[int]:
         """The sizes that are tried. None that leaves one token over, for which buffers of rows would have to grow."""
@@ -259,10 +267,11 @@ class Chooser:
 def too_small(budget: int, spent: int, way: Way) -> str:
     """That a budget cannot be met, by what it takes at least, and for what."""
     name = max(way.account, key=lambda name: way.account[name])
+    least, held, more = in_megabytes(spent + way.num_bytes), in_megabytes(spent), in_megabytes(way.num_bytes)
     return (
-        f"memory of {_mb(budget)}: expected {_mb(spent + way.num_bytes)} at least. The process holds {_mb(spent)} "
-        f"already; {_mb(way.num_bytes)} more are needed with chunks of {way.chunk:,} and "
-        f"{schedule_as_text(way.schedule)}, most of them ({_mb(way.account[name])}) for: {name}"
+        f"memory of {in_megabytes(budget)}: expected {least} at least. The process holds {held} already; {more} more "
+        f"are needed with chunks of {way.chunk:,} and {schedule_as_text(way.schedule)}, most of them "
+        f"({in_megabytes(way.account[name])}) for: {name}"
     )
 
 
@@ -273,8 +282,7 @@ def reasons(chooser: Chooser, way: Way, num_bytes: int) -> tuple[str, ...]:
     place = sizes.index(way.chunk)
     for other in (sizes[max(0, place - 4)], sizes[min(len(sizes) - 1, place + 4)]):
         if other != way.chunk:
-            ways = chooser.ways(other, num_bytes)
-            best = min(ways, key=lambda one: (one.num_bytes > num_bytes, one.seconds))
+            best = chooser.best(num_bytes, [other]) or chooser.smallest([other])
             found.append(
                 f"{other:,} in its place: {_at(best)}" + ("" if best.num_bytes <= num_bytes else " (too much)")
             )
@@ -293,8 +301,4 @@ def reasons(chooser: Chooser, way: Way, num_bytes: int) -> tuple[str, ...]:
 
 
 def _at(way: Way) -> str:
-    return f"{way.seconds:.3g} s, {_mb(way.num_bytes)} more"
-
-
-def _mb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"
+    return f"{way.seconds:.3g} s, {in_megabytes(way.num_bytes)} more"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from slimgrad.budget.size import in_megabytes
 from slimgrad.errors import InputError
 from slimgrad.sweep.schedules.base import Schedule
 from slimgrad.sweep.schedules.names import parse_schedule, schedule_as_text
@@ -40,8 +41,8 @@ class Plan:
 
     def __str__(self) -> str:
         how = f"chunk {self.chunk:,}, {schedule_as_text(self.schedule)}"
-        lines = [f"{how}: {self.seconds:.3g} s, at most {_mb(self.peak)} of {_mb(self.memory)}"]
-        lines += [f"  {_mb(num_bytes):>12}  {name}" for name, num_bytes in self.account.items() if num_bytes]
+        lines = [f"{how}: {self.seconds:.3g} s, at most {in_megabytes(self.peak)} of {in_megabytes(self.memory)}"]
+        lines += [f"  {in_megabytes(num_bytes):>12}  {name}" for name, num_bytes in self.account.items() if num_bytes]
         return "\n".join([*lines, *(f"  {reason}" for reason in self.reasons)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,7 +67,3 @@ class Plan:
             return Plan(**values)
         except (KeyError, TypeError, AssertionError) as error:
             raise InputError(f"expected a plan as Plan.to_dict gives it, got {saved!r:.200}") from error
-
-
-def _mb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"

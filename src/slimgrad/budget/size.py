@@ -15,3 +15,8 @@ def parse_bytes(text: str) -> int:
     if not match or match[2].lower() not in _UNITS:
         raise InputError(f"{text!r}: expected an amount of memory such as 800MB, 1.5GB or 2GiB")
     return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def in_megabytes(num_bytes: float) -> str:
+    """Bytes in words, as "12.3 MB"."""
+    return f"{num_bytes / 1e6:,.1f} MB"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ from slimgrad.models import Performer
 from slimgrad.runs.files import write_atomically
 from slimgrad.sweep.allocation import is_allocation_failure
 from slimgrad.sweep.schedules.names import schedule_as_text
-
-NEAR = 1.03  # of the fastest, as plans are chosen
 
 
 def run_planning(
@@ -121,12 +118,9 @@ class _Shown:
             self.console.print(f"\nthe picture is in [bold]{escape(str(out))}[/]")
 
     def _best(self, chunk: int) -> Way:
-        """What would be chosen with this chunk: of the fastest that fit the smallest, or where none fits of all."""
+        """What would be chosen with this chunk; where nothing fits, the smallest."""
         free = self.plan.memory - self.spent
-        ways = list(self.chooser.ways(chunk, free))
-        fitting = [way for way in ways if way.num_bytes <= free]
-        fastest = min((way.seconds for way in fitting), default=math.inf)
-        return min((way for way in fitting or ways if way.seconds <= NEAR * fastest), key=lambda way: way.num_bytes)
+        return self.chooser.best(free, [chunk]) or self.chooser.smallest([chunk])
 
     def _point(self, way: Way) -> Point:
         return Point((self.spent + way.num_bytes) / 1e6, way.seconds)

@@ -67,7 +67,7 @@ class TensorCarrier(Carrier):
                 "state first"
             )
         # reversed, with its graph; forward what stays the same object needs no second copy
-        self._returned = returned if self.reverses else self.value if returned is self._leaf else _own(returned)
+        self._returned = returned if self.reverses else self.value if returned is self._leaf else own(returned)
 
     def checksum(self) -> Tensor:
         return checksum(self.value if self._returned is None else self._returned)
@@ -85,11 +85,12 @@ class TensorCarrier(Carrier):
         assert self._returned is not None
         if self.position == self.span.start:
             if self.reverses:
-                self._adjoint, self._leaf.grad = self._leaf.grad, None
+                gradient, self._leaf.grad = self._leaf.grad, None
+                self._adjoint = None if gradient is None else own(gradient)  # may be a part of something large
         elif not self.reverses:
             self.value = self._returned
         elif self._returned is not self._leaf:  # on a tape
-            self.value = _own(self._returned)
+            self.value = own(self._returned)
         self._leaf = self._returned = None
 
     def rewind(self) -> None:
@@ -141,7 +142,7 @@ class TensorCarrier(Carrier):
         self.position, self.value, self._adjoint = state["position"], state["value"], state["adjoint"]
 
 
-def _own(x: Tensor) -> Tensor:
+def own(x: Tensor) -> Tensor:
     """`x` without a graph, contiguous and aligned as a copy from the store will be (other layouts, other bits), and
     without holding a larger storage alive (the last rows of a chunk's activations).
     """

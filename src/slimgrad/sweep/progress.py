@@ -18,6 +18,7 @@ from slimgrad.errors import ModelError, SweepError
 from slimgrad.gradients.escaped import refuse_escaped
 from slimgrad.states import carrier_for
 from slimgrad.states.base import Carrier, Purpose, Root, Setting, State, mismatch
+from slimgrad.states.tensors import own
 from slimgrad.states.values import packed_value, unpacked_value
 from slimgrad.sweep import tree
 from slimgrad.sweep.moves import Move, Moves
@@ -176,8 +177,8 @@ class Progress:
 
     def take_up(self, aside: Sequence[dict[str, Any]]) -> None:
         """A chunk's graph comes from the tape: it is as if it had just been run."""
-        for carrier, own in zip(self.carriers, aside, strict=True):
-            carrier.take_up(own)
+        for carrier, of_chunk in zip(self.carriers, aside, strict=True):
+            carrier.take_up(of_chunk)
 
     def rewind(self, move: Move) -> None:
         """The move failed: it is as if it had not been tried."""
@@ -224,8 +225,12 @@ class Progress:
                 )
 
     def adjoint(self) -> tree.Tree:
-        """The gradient of the live state: its tree, with a tensor, or None for zeros, for each leaf."""
-        return tree.unflatten([carrier.adjoint() for carrier in self.carriers], self.spec)
+        """The gradient of the live state: its tree, with a tensor, or None for zeros, for each leaf.
+
+        Tensors of their own: of rows it would be the beginning of a buffer as long as the sequence.
+        """
+        found = [carrier.adjoint() for carrier in self.carriers]
+        return tree.unflatten([None if x is None else own(x) for x in found], self.spec)
 
     def adjoint_norm(self) -> float:
         """Of all leaves together."""
