@@ -35,7 +35,7 @@ def perform(schedule: Schedule, num_chunks: int) -> Cost:
     """Carry a plan out, asserting that every action finds what it needs."""
     live, slots, reversed_chunks, most = 0, {}, [], 0
     advances = [0] * num_chunks
-    for kind, chunk, slot in schedule.actions(num_chunks):
+    for kind, chunk, slot, _ in schedule.actions(num_chunks):
         if kind is Kind.STORE:
             assert chunk == live
             assert slot not in slots
