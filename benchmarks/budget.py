@@ -1,13 +1,13 @@
 """Plans against what happened: predicted and measured peak and seconds, over models, budgets and lengths.
 
-    python -m benchmarks.budget              # about an hour on one core, resumable; writes results/budget.json
+    python -m benchmarks.budget              # about half an hour on one core, resumable; writes results/budget.json
     python -m benchmarks.budget --quick      # two models
 
-The budgets are what the process holds, and one, two, four and eight times the least that a plan needs beside it. Each
-row is a process of its own, with one thread, under glibc's default malloc ("default", as a library is used), or with
-blocks from 1 MiB on mapped one by one ("returned", as slimgrad's commands have it). Peaks are resident, of the whole
-process. Beside ours, over the same tokens: plain backpropagation, and per-layer checkpointing where the model is a
-Performer.
+The budgets are what the process holds, and one, two, four and eight times the least that a plan needs beside it. A
+model is measured and planned for in a process of its own, with one thread; each plan is carried out in a child that is
+forked from it. As in slimgrad's commands ("command": plans choose what malloc does with large blocks), and as in a
+library ("default": malloc as it is). Peaks are resident, of the whole process. Beside ours, over the same tokens: plain
+backpropagation, and per-layer checkpointing where the model is a Performer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from dataclasses import asdict, dataclass
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -27,18 +31,17 @@ from benchmarks.measure import RESULTS, save
 from slimgrad.budget import available, process
 from slimgrad.budget.live import LiveBytes
 from slimgrad.budget.measure import call_in_child
-from slimgrad.budget.planning import Request, chooser_for
 from slimgrad.bytelm.gradient import layers_computed_twice
 from slimgrad.bytelm.presets import PRESETS
-from slimgrad.call.arguments import Options
-from slimgrad.call.losses import cross_entropy_sum
 from slimgrad.errors import RunError
 from slimgrad.models import Cached, Gated, Performer, Windowed
 from slimgrad.verification.reference import plain_backward
 
 TIMES = (1, 2, 4, 8)  # the least that a plan needs
-LENGTHS = {"I": 8192, "II": 8192, "III": 8192, "IV": 4096}
-OTHERS = {"gated": 32_768, "window": 65_536, "gru": 16_384, "cache": 8192, "cache with a window": 16_384}
+LENGTHS = {"I": 4096, "II": 4096, "III": 4096, "IV": 4096}
+OTHERS = {"gated": 32_768, "window": 32_768, "gru": 16_384, "cache": 8192, "cache with a window": 16_384}
+LONGER = 4  # times these, once
+MALLOCS = ("command", "default")
 PLAIN, CHECKPOINT, OURS = "plain", "checkpoint", "ours"
 
 
@@ -58,18 +61,6 @@ class Gru(nn.Module):
         return self.head(hidden), state
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One row: a model, a length, and what is done."""
-
-    model: str
-    length: int
-    malloc: str
-    method: str = OURS
-    times: int = 1
-    memory: int = 0  # bytes; 0: `times` the least
-
-
 def build(name: str) -> tuple[nn.Module, int]:
     """A model, and its vocabulary."""
     torch.manual_seed(0)
@@ -83,24 +74,65 @@ def build(name: str) -> tuple[nn.Module, int]:
     return kind(width=128, **({"window": 512} if name == "cache with a window" else {})), vocabulary
 
 
-def measure(**fields: Any) -> dict[str, Any]:
-    """The child's side."""
-    case = Case(**fields)
+def measure(model: str, length: int, malloc: str) -> list[dict[str, Any]]:
+    """The child's side: every plan of one model."""
     torch.set_num_threads(1)
-    if case.malloc == "returned":
-        available.return_large_blocks()
-    model, vocabulary = build(case.model)
-    tokens = torch.randint(vocabulary, (1, case.length))
-    if case.method != OURS:
-        return _measured(lambda: _other(model, tokens, case.method))
-    options = Options(None, 0, None, cross_entropy_sum, "targets", None, None)
+    if malloc == "command":
+        available.let_plans_set_malloc()
+    made, vocabulary = build(model)
+    tokens = torch.randint(vocabulary, (1, LONGER * length))
     began = perf_counter()
-    request = Request(model, tokens, None, options)
-    plan, chooser = chooser_for(request, 1 << 50)
-    held = sum(plan.account.values()) - chooser.way(plan.chunk, plan.schedule).num_bytes
+    sg.plan(made, tokens[:, :length], memory=1 << 40)  # measures
     planning = perf_counter() - began
-    least = chooser.smallest().num_bytes
-    memory = case.memory or held + int(case.times * least * 1.02)
+    rows: list[dict[str, Any]] = []
+    for times, long in (*((times, length) for times in TIMES), (2, LONGER * length)):
+        held, least = _least(made, tokens[:, :long])
+        memory = held + int(times * (least - held))
+        row = {"model": model, "length": long, "malloc": malloc, "method": OURS, "times": times}
+        row |= {"held_bytes": held, "least_bytes": least - held, "planning_seconds": planning}
+        rows.append(row | _in_a_fork(lambda long=long, memory=memory: _ours(made, tokens[:, :long], memory)))
+    return rows
+
+
+def _least(model: nn.Module, tokens: Tensor) -> tuple[int, int]:
+    """What is held, and the least budget that a plan can be made for."""
+    held = available.held_bytes(torch.device("cpu")) or 0
+    low, high = held, held + (64 << 20)
+
+    def fits(memory: int) -> bool:
+        with suppress(sg.InputError):
+            sg.plan(model, tokens, memory=memory)
+            return True
+        return False
+
+    while not fits(high):
+        low, high = high, high + (high - held)
+    while high - low > 1 << 20:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return held, high
+
+
+def _in_a_fork(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` gives, in a process that has what this one has. What it prints is part of nobody's result."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with os.fdopen(writing, "w") as file:
+            try:
+                found = work()
+            except Exception as error:  # noqa: BLE001
+                found = {"failed": f"{type(error).__name__}: {error}"[:300]}
+            json.dump(found, file)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        text = file.read()
+    os.waitpid(child, 0)
+    return json.loads(text) if text else {"failed": "killed"}
+
+
+def _ours(model: nn.Module, tokens: Tensor, memory: int) -> dict[str, Any]:
     plan = sg.plan(model, tokens, memory=memory)
     row = _measured(lambda: sg.backward(model, tokens, plan=plan))
     model.zero_grad(set_to_none=True)
@@ -109,19 +141,18 @@ def measure(**fields: Any) -> dict[str, Any]:
     beside = ("weights", "everything else that was there", "allocator")
     counted = sum(num_bytes for name, num_bytes in plan.account.items() if name not in beside)
     return row | {
-        "plan": plan.to_dict(), "held_bytes": held, "least_bytes": least, "planning_seconds": planning,
-        "predicted_bytes": plan.peak, "predicted_seconds": plan.seconds, "predicted_live_bytes": counted,
-        "live_bytes": live.peak,
+        "plan": plan.to_dict(), "predicted_bytes": plan.peak, "predicted_seconds": plan.seconds,
+        "live_bytes": live.peak, "predicted_live_bytes": counted,
     }  # fmt: skip
 
 
-def _measured(work: Any) -> dict[str, Any]:
-    gc.collect()
-    available.trim()
-    process.reset_peak()
-    before, began = process.resident_bytes(), perf_counter()
-    work()
-    return {"seconds": perf_counter() - began, "before_bytes": before, "peak_bytes": process.peak_resident_bytes()}
+def measure_other(model: str, length: int, method: str) -> list[dict[str, Any]]:
+    """The child's side: a gradient whose graph is held whole, under malloc as it is."""
+    torch.set_num_threads(1)
+    made, vocabulary = build(model)
+    tokens = torch.randint(vocabulary, (1, length))
+    row = {"model": model, "length": length, "malloc": "default", "method": method}
+    return [row | _measured(lambda: _other(made, tokens, method))]
 
 
 def _other(model: nn.Module, tokens: Tensor, method: str) -> None:
@@ -133,16 +164,23 @@ def _other(model: nn.Module, tokens: Tensor, method: str) -> None:
         plain_backward(model, tokens)
 
 
-def cases(names: list[str]) -> list[Case]:
-    """Every row, the presets' first."""
-    found: list[Case] = []
+def _measured(work: Callable[[], Any]) -> dict[str, Any]:
+    gc.collect()
+    available.trim()
+    process.reset_peak()
+    before, began = process.resident_bytes(), perf_counter()
+    work()
+    return {"seconds": perf_counter() - began, "before_bytes": before, "peak_bytes": process.peak_resident_bytes()}
+
+
+def tasks(names: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """What is called in a child of its own, one after the other: the presets first."""
+    found: list[tuple[str, dict[str, Any]]] = []
     for name in names:
         length = (LENGTHS | OTHERS)[name]
-        for malloc in ("returned", "default"):
-            found += [Case(model=name, length=length, malloc=malloc, times=times) for times in TIMES]
-            methods = (PLAIN, CHECKPOINT) if name in LENGTHS else (PLAIN,)
-            found += [Case(model=name, length=length, malloc=malloc, method=method) for method in methods]
-        found.append(Case(model=name, length=4 * length, malloc="returned", times=2))
+        found += [("measure", {"model": name, "length": length, "malloc": malloc}) for malloc in MALLOCS]
+        methods = (PLAIN, CHECKPOINT) if name in LENGTHS else (PLAIN,)
+        found += [("measure_other", {"model": name, "length": length, "method": method}) for method in methods]
     return found
 
 
@@ -150,17 +188,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     names = ["II", "gated"] if parser.parse_args().quick else [*LENGTHS, *OTHERS]
-    path = RESULTS / "budget.json"
+    path: Path = RESULTS / "budget.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-    for case in cases(names):
-        if any(all(row.get(k) == v for k, v in asdict(case).items()) for row in rows):
+    for function, task in tasks(names):
+        if any(all(row.get(name) == value for name, value in task.items()) for row in rows):
             continue
         try:
-            row = asdict(case) | call_in_child("benchmarks.budget:measure", asdict(case))
+            found = call_in_child(f"benchmarks.budget:{function}", task)
         except RunError as error:
-            row = asdict(case) | {"failed": str(error)[:300]}
-        rows.append(row)
-        print({name: value for name, value in row.items() if name != "plan"}, flush=True)
+            found = [task | {"failed": str(error)[:300]}]
+        for row in found:
+            print({name: value for name, value in row.items() if name != "plan"}, flush=True, file=sys.stdout)
+        rows += found
         save("budget", rows)
 
 

@@ -5,27 +5,12 @@ python -m benchmarks.figures           # rewrites docs/images/*.png and the READ
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import RESULTS
+from benchmarks.shown import IMAGES, LABELS, ROOT, load, origin
 from slimgrad.paper import report
 from slimgrad.paper.catalogue import labelled
-
-ROOT = Path(__file__).parent.parent
-IMAGES = ROOT / "docs" / "images"
-LABELS = {
-    "plain": ("plain backpropagation", "#9a9a9a", "o"),
-    "checkpoint": ("per-layer checkpointing", "#d98032", "s"),
-    "rebuild": ("slimgrad, Rebuild()", "#1f6fb4", "D"),
-    "binomial": ("slimgrad, Binomial(8)", "#63a36c", "^"),
-}
-
-
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def memory_table(results: dict[str, Any]) -> str:
@@ -292,16 +277,6 @@ def span(entries: list[dict[str, Any]], key: str, spec: str) -> str:
 def at_largest(found: dict[str, Any]) -> int:
     """The step whose loss is the largest."""
     return found["steps"][found["bits"].index(max(found["bits"]))]
-
-
-def origin(results: dict[str, Any]) -> str:
-    """What the figures were measured on, in a line."""
-    machine = results["machine"]
-    return (
-        f"`{results['command']}`, {machine['cpu']}, {machine['threads']} "
-        f"thread{'s' if machine['threads'] > 1 else ''}, torch {machine['torch']}, Python {machine['python']}. "
-        + results.get("note", "")
-    ).rstrip()
 
 
 def blocks() -> dict[str, str]:

@@ -6,11 +6,12 @@
 
 TEXT is a file or a folder; `--bytes` takes its beginning alone (of `check` and `kills`: 2,000,000). The command is
 
-    slimgrad train TEXT --length all --steps 1 --memory 1GiB --set model.layers=2 --set model.width=128 ...
+    slimgrad train TEXT --preset II --length all --steps 1 --memory 1GiB --set model.layers=2 --set model.width=128 ...
 
 Its gradient is read off the optimiser's first moment, which after one step is a tenth of it (clipped). Beside the
-error is that of the same chunks in plain float32: Algorithm 1 again, in float32, since backpropagation over the
-whole would need tens of gigabytes. What the run measured by the way (seconds, memory, adjoint) is in its traces/.
+error is that of the same chunks in plain float32: Algorithm 1 again, in float32; and that of plain backpropagation in
+float32 where its graph takes a few gigabytes (`--bytes 200000`), not tens of them. What the run measured by the way
+(seconds, memory, adjoint) is in its traces/.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ from slimgrad.states.base import State
 from slimgrad.sweep import algorithm1, tree
 from slimgrad.sweep.random import derive_seed, seeded
 
-SHAPE = {"layers": 2, "width": 128, "heads": 2}
+PRESET, SHAPE = "II", {"layers": 2, "width": 128, "heads": 2}
 SLIMGRAD = str(Path(sys.executable).parent / "slimgrad")
-BYTES, MEMORY = 2_000_000, "1GiB"
+BYTES, PLAIN_BYTES, MEMORY = 2_000_000, 250_000, "1GiB"
 
 
 def command(text: Path, out: Path, memory: str) -> list[str]:
     """The run, from its beginning."""
     shape = [f"--set=model.{name}={value}" for name, value in SHAPE.items()]
-    how = ["--length", "all", "--steps", "1", "--memory", memory, "--out", str(out)]
+    how = ["--preset", PRESET, "--length", "all", "--steps", "1", "--memory", memory, "--out", str(out)]
     return [SLIMGRAD, "train", str(text), *how, *shape]
 
 
@@ -76,12 +77,28 @@ def first_moment(run: Path) -> dict[str, Tensor]:
     return {name.removesuffix(":exp_avg"): x for name, x in tensors.items() if name.endswith(":exp_avg")}
 
 
-def specified(config: TrainConfig, text: Path, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradient of the run's one step by Algorithm 1, in plain Python lists, from the same weights."""
+def the_batch(config: TrainConfig, text: Path) -> tuple[Any, int, Any, Any]:
+    """The inputs of the run's one step, their length, the model, and the state that it begins with."""
     (batch,) = make_task(config, load_corpus(text)).batches(first=0)
-    model = build_model(config)
+    inputs, model = batch.sequences[0], build_model(config)
     with seeded(derive_seed(derive_seed(config.seed, 0), 0)):
         state = model.initial_state(1)
+    return inputs, inputs.length if hasattr(inputs, "read") else inputs.shape[1], model, state
+
+
+def plain(config: TrainConfig, text: Path) -> dict[str, Tensor]:
+    """The gradient by plain backpropagation over the whole, in float32."""
+    inputs, time_, model, state = the_batch(config, text)
+    tokens = inputs.read(0, time_) if hasattr(inputs, "read") else inputs
+    outputs, _ = model(tokens, state)
+    targets = torch.nn.functional.pad(tokens[:, 1:].long(), (0, 1), value=-100)
+    (cross_entropy_sum(outputs, targets) / (time_ - 1)).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def specified(config: TrainConfig, text: Path, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradient of the run's one step by Algorithm 1, in plain Python lists, from the same weights."""
+    inputs, time_, model, state = the_batch(config, text)
     model = copy.deepcopy(model).to(dtype)
 
     def as_dtype(leaf: Any) -> Any:
@@ -89,8 +106,6 @@ def specified(config: TrainConfig, text: Path, dtype: torch.dtype) -> tuple[floa
             return leaf.with_value(as_dtype(leaf.value))
         return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
-    inputs = batch.sequences[0]
-    time_ = inputs.length if hasattr(inputs, "read") else inputs.shape[1]
     read = inputs.read if hasattr(inputs, "read") else lambda start, stop: inputs[:, start:stop]
     spans = [(start, min(start + config.chunk, time_)) for start in range(0, time_, config.chunk)]
 
@@ -128,7 +143,10 @@ def check(text: Path, folder: Path, memory: str) -> dict[str, Any]:
     share = 1 - config.betas[0]
     clipped = min(1.0, (config.clip_norm or math.inf) / (row.gradient_norm + 1e-6))  # as torch clips
     ours = {name: x / share / clipped for name, x in first_moment(run).items()}
-    return {
+    beside = {}
+    if row.num_bytes <= PLAIN_BYTES:
+        beside["error_plain"] = distance(plain(config, text), truth)
+    return beside | {
         "what": "check", "bytes": row.num_bytes, "command_seconds": seconds, "step_seconds": row.seconds,
         "loss": row.bits * math.log(2), "loss_float64": loss, "loss_float32": single_loss,
         "error": distance(ours, truth), "error_float32": distance(single, truth),
@@ -172,16 +190,15 @@ def kills(text: Path, folder: Path, memory: str) -> dict[str, Any]:
 def whole_run(text: Path, folder: Path, memory: str) -> dict[str, Any]:
     """The whole text; goes on where it was, if it was begun."""
     run = folder / "run"
-    resumed = (run / "config.json").exists()
     resume = [SLIMGRAD, "train", "--resume", str(run)]
-    began = time.perf_counter()
-    subprocess.run(resume if resumed else command(text, run, memory), check=True)
-    (row,) = read_rows(run)
+    if not (run / "metrics.jsonl").exists() or not read_rows(run):  # else it is done
+        subprocess.run(resume if (run / "config.json").exists() else command(text, run, memory), check=True)
+    record, (row,) = read_record(run), read_rows(run)
     trace = [json.loads(line) for path in (run / "traces").glob("*.jsonl") for line in path.read_text().splitlines()]
     return {
         "what": "run", "bytes": row.num_bytes, "step_seconds": row.seconds, "bytes_per_second": row.bytes_per_second,
-        "resumed": resumed, "command_seconds": time.perf_counter() - began, "memory": memory,
-        "plan": read_record(run).get("plan"), "bits": row.bits, "gradient_norm": row.gradient_norm, "trace": trace,
+        "sessions": len(record.get("sessions", [])) + 1, "memory": memory,
+        "plan": record["plan"], "bits": row.bits, "gradient_norm": row.gradient_norm, "trace": trace,
     }  # fmt: skip
 
 

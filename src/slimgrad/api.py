@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from slimgrad.budget.plan import Plan
-from slimgrad.budget.planning import Request, decide, make_plan
+from slimgrad.budget.planning import decide, make_plan
+from slimgrad.budget.request import Request
 from slimgrad.call.arguments import DEFAULT_CHUNK, Call, Normalizer, Options, Result
 from slimgrad.call.losses import cross_entropy_sum, token_cross_entropy
 from slimgrad.call.outputs import loss_of, outputs_of

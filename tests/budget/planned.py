@@ -14,7 +14,7 @@ import slimgrad as sg
 from slimgrad.budget import planning
 from slimgrad.budget.choose import Chooser
 from slimgrad.budget.live import LiveBytes
-from slimgrad.budget.planning import Request
+from slimgrad.budget.request import Request
 from slimgrad.call.arguments import DEFAULT_CHUNK, Options
 from slimgrad.call.losses import cross_entropy_sum, token_cross_entropy
 

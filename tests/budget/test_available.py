@@ -124,7 +124,7 @@ def test_a_setting_of_malloc_is_known_by_its_name(monkeypatch: pytest.MonkeyPatc
 
 def blocks_that_are_freed() -> list[Any]:
     """In a child: what stays resident of blocks that were freed beside small ones that were not."""
-    assert available.return_large_blocks()
+    assert available.set_malloc("returned")
     small, before = list[torch.Tensor](), process.resident_bytes()
     for _ in range(20):  # in turn, so that a heap would end in a small one each time
         large = [torch.ones(3 << 18) for _ in range(10)]

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 import slimgrad as sg
 from slimgrad.budget.choose import Chooser, Slack, Way, Work
-from slimgrad.budget.fit import Fit, Point
+from slimgrad.budget.fit import SHRUNK, Fit, Point, Small
 from slimgrad.budget.probe import Costs
 
 SIZES = (16, 64, 128, 256, 1024)
-SLACK = Slack(threshold=1 << 20, small=0.2, share=0.05, fixed=100_000)
+SLACK = Slack("", threshold=1 << 20, small=0.2, share=0.05, fixed=100_000)
 NEAR = 1.03
 
 
@@ -35,7 +35,7 @@ def costs(*, plain: int = 0, rows: float = 0.0, fixed_seconds: float = 1e-3, tap
         bytes={
             "forward": fit(0, 500, 2), "reverse": fit(0, 1000, 4), "kept": fit(0, 800, 1), "held": fit(10_000, 0),
         },
-        small={name: fit(500, 0) for name in ("forward", "reverse", "kept")},
+        small={name: Small([fit(500, 0)] * len(SHRUNK)) for name in ("forward", "reverse", "kept")},
         seconds={
             "forward": fit(fixed_seconds, 0.4e-6, 1e-9, seconds=True),
             "reverse": fit(fixed_seconds, 1e-6, 3e-9, seconds=True),

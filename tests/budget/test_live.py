@@ -42,21 +42,21 @@ def test_it_is_what_the_profiler_says() -> None:
 
 def test_what_is_freed_later_is_seen() -> None:
     before = torch.zeros(1000)
-    with LiveBytes(threshold=2000) as live:
+    with LiveBytes([2000]) as live:
         large, view = torch.zeros(1000), before[:10]
         small = large[:100].clone()
-        assert (live.live, live.small, live.peak) == (4400, 400, 4400)
+        assert (live.live, live.small, live.peak) == (4400, [400], 4400)
         same = large.view(10, 100)
         del large
         assert live.live == 4400
         del same
-        assert (live.live, live.small, live.peak) == (400, 400, 4400)
+        assert (live.live, live.small, live.peak) == (400, [400], 4400)
         live.reset_peak()
-        assert (live.peak, live.peak_small) == (400, 400)
+        assert (live.peak, live.peak_small) == (400, [400])
         large = torch.zeros(1000)
     assert live.peak == 4400
     del large, small, view
-    assert (live.live, live.small) == (0, 0)
+    assert (live.live, live.small) == (0, [0])
 
 
 def test_a_run_comes_to_the_same_bits_and_the_same_bytes_each_time() -> None:

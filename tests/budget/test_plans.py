@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import json
 import pickle
@@ -14,10 +15,10 @@ import torch
 from torch import nn
 
 import slimgrad as sg
-from slimgrad.budget import planning
+from slimgrad.budget import available, planning
 from slimgrad.budget.choose import Chooser, Slack, Work
-from slimgrad.budget.fit import Fit, Point
-from slimgrad.budget.probe import Costs
+from slimgrad.budget.fit import SHRUNK, Fit, Point, Small
+from slimgrad.budget.probe import Costs, Prober
 from tests.budget.planned import HELD, PLENTY, fix_what_is_held, gradients, request, run
 from tests.contract import contract
 from tests.toy_models import AllKinds, CachedAttention, GatedRecurrence, LinearAttention
@@ -171,6 +172,60 @@ def test_a_plan_is_made_anew_when_the_process_holds_more(monkeypatch: pytest.Mon
     assert second.peak <= memory
 
 
+# --- malloc ---
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """As in a command, whose plans set malloc; what they would have set."""
+    done = list[str]()
+
+    def set_malloc(name: str) -> bool:
+        done.append(name)
+        available._malloc.name = name  # pyright: ignore[reportPrivateUsage]
+        return True
+
+    monkeypatch.setattr(available, "_malloc", type(available._malloc)())  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(available, "set_malloc", set_malloc)
+    available.let_plans_set_malloc()
+    return done
+
+
+def test_a_command_keeps_what_is_freed_where_that_is_faster_and_fits(
+    done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`kept` is made ten times as fast, and takes more: it is chosen where there is memory for it."""
+    as_timed = Prober._time  # pyright: ignore[reportPrivateUsage]
+
+    def timed(self: Prober, *args: Any) -> None:
+        as_timed(self, *args)
+        for points in self._points["seconds"].values():  # pyright: ignore[reportPrivateUsage]
+            slow = 1.0 if done[-1] == "kept" else 10.0
+            points[:] = [point._replace(value=slow * (1e-3 + 1e-6 * point.chunk)) for point in points]
+
+    monkeypatch.setattr(Prober, "_time", timed)
+    model, tokens = LinearAttention(), torch.randint(13, (1, 20_000))
+    much = sg.plan(model, tokens, memory=PLENTY)
+    assert done == ["returned", "returned", "kept", "kept"]  # to begin with; each in turn; the chosen one
+    little = sg.plan(model, tokens, memory=HELD + (20 << 20))
+    assert (much.malloc, little.malloc, done[-1]) == ("kept", "kept", "kept")
+    least = sg.plan(model, tokens, memory=little.peak - (little.account["allocator"] - available.KEPT.fixed))
+    assert (least.malloc, done[-1]) == ("returned", "returned")
+    sg.backward(model, tokens, plan=much)
+    assert done[-1] == "kept"
+    count = len(done)
+    assert sg.plan(model, tokens, memory=PLENTY) is much  # what was chosen before is set again
+    assert done[count:] == ["kept"]
+
+
+def test_a_library_does_not_set_malloc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(available, "set_malloc")
+    model, tokens = LinearAttention(), torch.randint(13, (1, 600))
+    plan = sg.plan(model, tokens, memory=PLENTY)
+    assert plan.malloc == "default"
+    sg.backward(model, tokens, plan=dataclasses.replace(plan, malloc="kept"))
+
+
 # --- the choice ---
 
 
@@ -183,14 +238,14 @@ def costs(tape: float = 0.8) -> Costs:
 
     names = {"forward": 0.5, "reverse": 1.0, "kept": 0.9}
     found = Costs(bytes={name: line(0, 1000 * share) for name, share in names.items()} | {"held": line(5000, 0)})
-    found.small = {name: line(0, 0) for name in names}
+    found.small = {name: Small([line(0, 0)] * len(SHRUNK)) for name in names}
     shares = {"forward": 0.33, "reverse": 1.0, "tape": tape}
     found.seconds = {name: line(1e-4, 1e-6 * share, seconds=True) for name, share in shares.items()}
     return found
 
 
 def test_more_memory_is_never_slower() -> None:
-    chooser, least = Chooser(costs(), Work([100_000]), Slack(0, 0.0, 0.1, 1000)), None
+    chooser, least = Chooser(costs(), Work([100_000]), Slack("", 0, 0.0, 0.1, 1000)), None
     for num_bytes in range(100_000, 200_000_000, 9_777_777):
         way = chooser.best(num_bytes)
         assert way is not None
@@ -203,7 +258,7 @@ def test_more_memory_is_never_slower() -> None:
 def test_a_tape_that_costs_more_than_it_saves_is_left_out() -> None:
     for fault_seconds, wanted in ((0.0, True), (1e-8, False)):
         work = Work([100_000], fault_seconds=fault_seconds)
-        way = Chooser(costs(), work, Slack(0, 0.0, 0.1, 1000)).best(60_000_000)
+        way = Chooser(costs(), work, Slack("", 0, 0.0, 0.1, 1000)).best(60_000_000)
         assert way is not None
         assert (way.schedule.tape > 1) is wanted
 
@@ -211,11 +266,11 @@ def test_a_tape_that_costs_more_than_it_saves_is_left_out() -> None:
 def test_states_that_do_not_fit_are_kept_in_slots() -> None:
     found = costs()
     found.plain = 1_000_000
-    way = Chooser(found, Work([1_000_000]), Slack(0, 0.0, 0.1, 1000)).best(40_000_000)
+    way = Chooser(found, Work([1_000_000]), Slack("", 0, 0.0, 0.1, 1000)).best(40_000_000)
     assert way is not None
     assert isinstance(way.schedule, sg.Binomial | sg.Rebuild)
     assert way.num_bytes <= 40_000_000
-    named = Chooser(found, Work([1_000_000], schedule=sg.Every(40)), Slack(0, 0.0, 0.1, 1000)).best(10**9)
+    named = Chooser(found, Work([1_000_000], schedule=sg.Every(40)), Slack("", 0, 0.0, 0.1, 1000)).best(10**9)
     assert named is not None
     assert isinstance(named.schedule, sg.Every)
 

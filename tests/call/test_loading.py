@@ -288,7 +288,7 @@ def test_nothing_depends_on_a_salted_hash(tmp_path: Path) -> None:
     for salt in (1, 2):
         run(salt, tmp_path / str(salt), "save", "whole")
     run(3, tmp_path / "1", "load", "rest")
-    identities = [read_document(tmp_path / salt)["identity"] for salt in ("1", "2")]
+    identities = [read_document(tmp_path / salt)[0]["identity"] for salt in ("1", "2")]
     assert list(identities[0].items()) == list(identities[1].items())  # in the same order too
     found = [torch.load(tmp_path / path, weights_only=False) for path in ("1/whole.pt", "2/whole.pt", "1/rest.pt")]
     assert different(found[1], found[0]) == different(found[2], found[0]) == []

@@ -84,7 +84,8 @@ def test_saved_loaded_and_saved_again_after_each_chunk(tmp_path: Path) -> None:
     saved_at(tmp_path, 0, built("a mix"), schedule=sg.Every(3))
     for life in range(5 + 5 + 2):  # the chunks of both sweeps, and those that are advanced again
         save_and_stop(sg.Segment.load(tmp_path, built("a mix"), TOKENS), 1, tmp_path)
-        assert len(list(tmp_path.iterdir())) == 2, life
+        names = [path.name for path in tmp_path.iterdir() if not path.name.startswith("rows-")]
+        assert len(names) == 2, life
     model, events = built("a mix"), list[sg.Event]()
     result = finished(sg.Segment.load(tmp_path, model, TOKENS, on_chunk=events.append))
     assert events == []  # nothing was left but to deliver

@@ -26,7 +26,7 @@ def _this_process_goes_on(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     """What a command does to its own process for good, it does not do to that of the tests."""
     monkeypatch.setattr("slimgrad.cli.budgeted.set_wall", lambda *_, **__: None)
     for module in ("budgeted", "planning"):
-        monkeypatch.setattr(f"slimgrad.cli.{module}.return_large_blocks", lambda: False)
+        monkeypatch.setattr(f"slimgrad.cli.{module}.let_plans_set_malloc", lambda: False)
         monkeypatch.setattr(f"slimgrad.cli.{module}.load_what_loads_late", lambda: None)
 
 
@@ -125,7 +125,7 @@ def test_going_on_a_chunk_takes_the_place_of_the_budget_and_a_budget_that_of_the
 
 def test_with_a_budget_malloc_is_set_first_and_the_wall_last(monkeypatch: pytest.MonkeyPatch, memory: str) -> None:
     done: list[Any] = []
-    monkeypatch.setattr("slimgrad.cli.budgeted.return_large_blocks", lambda: done.append("malloc"))
+    monkeypatch.setattr("slimgrad.cli.budgeted.let_plans_set_malloc", lambda: done.append("malloc"))
     monkeypatch.setattr("slimgrad.cli.budgeted.load_what_loads_late", lambda: done.append("loaded"))
     monkeypatch.setattr("slimgrad.cli.budgeted.set_wall", lambda budget, *, has_plan: done.append((budget, has_plan)))
     num_bytes = int(memory.removesuffix("MB")) * 1_000_000

@@ -6,9 +6,13 @@
 | the control group's | memory.max less memory.current (version 2), memory.limit_in_bytes less usage (version 1) |
 | the process' own | RLIMIT_DATA less VmData, RLIMIT_AS less VmSize |
 
-glibc's malloc takes blocks from its heap as soon as one mapped block was freed, up to 32 MiB large. The heap is then
-cut up, and resident memory comes to as much as twice what is in use. With a fixed threshold large blocks are mapped one
-by one, and given back when they are freed: see docs/decisions/0006-malloc.md.
+glibc's malloc, by the name of what it does with large blocks (see docs/decisions/0006-malloc.md):
+
+| name | how | good for |
+|---|---|---|
+| "default" | up to 32 MiB from its heap, as soon as a mapped one was freed; it is cut up, its end returned | |
+| "returned" | from 1 MiB on they are mapped one by one, and returned when they are freed | little memory |
+| "kept" | all from its heap, which it keeps: no page is touched for the first time twice | time |
 """
 
 from __future__ import annotations
@@ -29,15 +33,18 @@ from slimgrad.budget import process
 from slimgrad.budget.choose import Slack
 
 THRESHOLD = 1 << 20  # bytes of a block from which on it is mapped by itself
-_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _CGROUP = Path("/sys/fs/cgroup")
 _KEPT_FREE = 10  # one in so many of the free bytes is left alone
 _TOUCHED = 4 << 20
 
 # Beside the bytes of live tensors. Measured over the models and budgets of benchmarks/results/budget.json.
-DEFAULT_MALLOC = Slack(threshold=1 << 62, small=1.3, share=0.0, fixed=16 << 20)
-RETURNED = Slack(threshold=THRESHOLD, small=1.3, share=0.04, fixed=16 << 20)
-CUDA = Slack(threshold=0, small=0.0, share=0.15, fixed=32 << 20)
+DEFAULT_MALLOC = Slack("default", threshold=1 << 62, small=1.3, share=0.0, fixed=16 << 20)
+RETURNED = Slack("returned", threshold=THRESHOLD, small=1.3, share=0.04, fixed=16 << 20)
+KEPT = Slack("kept", threshold=1 << 62, small=1.3, share=0.0, fixed=16 << 20)
+CUDA = Slack("", threshold=0, small=0.0, share=0.15, fixed=32 << 20)
+_SETTINGS = {"returned": (THRESHOLD, 1 << 17), "kept": (1 << 30, 1 << 30)}  # from which size on blocks are mapped; and
+# how much the heap may end in that is free
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -65,16 +72,35 @@ def trim() -> None:
         libc.malloc_trim(0)
 
 
-def return_large_blocks() -> bool:
-    """Have malloc map large blocks one by one for the rest of this process. Whether it could be done.
+def set_malloc(name: str) -> bool:
+    """Have malloc be "returned" or "kept" (see above) from now on. Whether it could be done.
 
     For a command, whose process is its own: a library that did so would surprise.
     """
     libc = _libc()
     if libc is None or not hasattr(libc, "mallopt"):
         return False
-    _malloc.returns_large_blocks = bool(libc.mallopt(_M_MMAP_THRESHOLD, THRESHOLD))
-    return _malloc.returns_large_blocks
+    mapped, free = _SETTINGS[name]
+    if not (libc.mallopt(_M_MMAP_THRESHOLD, mapped) and libc.mallopt(_M_TRIM_THRESHOLD, free)):
+        return False
+    _malloc.name = name
+    return True
+
+
+def let_plans_set_malloc() -> None:
+    """From now on each plan chooses what malloc does, and sets it. For a command, whose process is its own."""
+    _malloc.is_chosen = set_malloc("returned")
+
+
+def mallocs(device: torch.device) -> tuple[str, ...]:
+    """What a plan may choose from. In this order: what a heap has kept is used before blocks are mapped again."""
+    return ("returned", "kept") if _malloc.is_chosen and device.type == "cpu" else (slack(device).name,)
+
+
+def use_malloc(name: str) -> None:
+    """Set what a plan has chosen, where plans choose."""
+    if _malloc.is_chosen and name in _SETTINGS:
+        set_malloc(name)
 
 
 def slack(device: torch.device) -> Slack:
@@ -82,8 +108,8 @@ def slack(device: torch.device) -> Slack:
     if device.type == "cuda":
         return CUDA
     named = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
-    returned = _malloc.returns_large_blocks or (named.isdecimal() and int(named) <= THRESHOLD)
-    return RETURNED if returned else DEFAULT_MALLOC
+    name = _malloc.name or ("returned" if named.isdecimal() and int(named) <= THRESHOLD else "default")
+    return {one.name: one for one in (DEFAULT_MALLOC, RETURNED, KEPT)}[name]
 
 
 @cache
@@ -102,7 +128,8 @@ def fault_seconds() -> float:
 class _Malloc:
     """What this process has set of it."""
 
-    returns_large_blocks = False
+    name = ""
+    is_chosen = False
 
 
 _malloc = _Malloc()

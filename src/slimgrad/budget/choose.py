@@ -11,11 +11,11 @@ Of the sequence's rows before a chunk, bytes are counted at their most, and seco
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from slimgrad.budget.fit import Fit
+from slimgrad.budget.fit import Fit, Small
 from slimgrad.budget.probe import Costs
 from slimgrad.budget.size import in_megabytes
 from slimgrad.sweep.cut import Cut
@@ -61,12 +61,14 @@ class Slack:
     """What the allocator takes beside the bytes that are alive.
 
     Attributes:
+        name: of what it does, where there is a choice: see `available`.
         threshold: bytes of a block from which on it is mapped by itself, and returned when it is freed.
         small: a share of those in smaller blocks, which come from a heap with holes.
         share: a share of all.
         fixed: and a number.
     """
 
+    name: str
     threshold: int
     small: float
     share: float
@@ -196,11 +198,11 @@ class Chooser:
         swept = count - tape
         lengths = work.lengths if work.at_once else [work.longest]
 
-        def of(name: str, number: int, fits: dict[str, Fit]) -> float:
+        def of(name: str, number: int, fits: Mapping[str, Fit | Small]) -> float:
             start, stop = cut[number]
             return fits[name](stop - start, costs.given + start) if name in fits else 0.0
 
-        def taped(number: int, fits: dict[str, Fit]) -> float:
+        def taped(number: int, fits: Mapping[str, Fit | Small]) -> float:
             """Graphs on the tape when it comes to a chunk: what they see of rows before them grows evenly."""
             first, last = swept if costs.reach is None else number - 1, number - 1
             return (number - swept) * (of("kept", first, fits) + of("kept", last, fits)) / 2 if number > swept else 0.0

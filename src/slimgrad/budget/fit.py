@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+SHRUNK = (1, 2, 4, 8, 16, 32, 64)  # parts of a threshold
 _FAR = 4  # chunks before
 _NEAR = 1.5  # times the largest size that was measured
 _ENOUGH = 3  # sizes
@@ -83,6 +84,25 @@ class Fit:
             return False, False
         whole = self._reach is not None and before >= self._reach
         return whole, self._seen(before) >= _FAR * chunk
+
+
+class Small:
+    """Bytes in small blocks.
+
+    A block that grows with the chunk is small in one of k times the size if it is below a k-th of the threshold now.
+
+    Args:
+        fits: of bytes in blocks below the threshold, and below parts of it, by `SHRUNK`; measured at the same sizes.
+    """
+
+    def __init__(self, fits: Sequence[Fit]) -> None:
+        self._fits, self._most = fits, max(point.chunk for point in fits[0].points)
+
+    def __call__(self, chunk: int, before: float = 0.0) -> float:
+        """Of a chunk of so many tokens after so many others."""
+        larger = chunk / self._most
+        k = max(k for k, shrunk in enumerate(SHRUNK) if shrunk <= max(1.0, larger))
+        return self._fits[k](chunk, before)
 
 
 class _Curve:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ class LiveBytes(TorchDispatchMode):
     call for each operation.
 
     Args:
-        threshold: bytes of a storage below which it is a small one: these are counted once more by themselves.
+        thresholds: bytes of a storage below which it is a small one: for each, these are counted once more.
     """
 
-    def __init__(self, threshold: int = 0) -> None:
+    def __init__(self, thresholds: Sequence[int] = ()) -> None:
         super().__init__()
-        self.live = self.peak = self.small = self.peak_small = 0
-        self._threshold = threshold
+        self.live = self.peak = 0
+        self.small, self.peak_small = [0] * len(thresholds), [0] * len(thresholds)
+        self._thresholds = tuple(thresholds)
         self._seen: set[int] = set()
 
     @classmethod
@@ -35,14 +37,14 @@ class LiveBytes(TorchDispatchMode):
 
     def reset_peak(self) -> None:
         """The peak begins anew from what is alive now."""
-        self.peak, self.peak_small = self.live, self.small
+        self.peak, self.peak_small = self.live, list(self.small)
 
     @not_traced
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._note((args, kwargs), ours=False)  # what existed before is not ours: parameters, tokens
         result = func(*args, **(kwargs or {}))
         self._note(result, ours=True)
-        self.peak, self.peak_small = max(self.peak, self.live), max(self.peak_small, self.small)
+        self.peak, self.peak_small = max(self.peak, self.live), [*map(max, self.peak_small, self.small)]
         return result
 
     def _note(self, tensors: Any, *, ours: bool) -> None:
@@ -61,4 +63,5 @@ class LiveBytes(TorchDispatchMode):
 
     def _add(self, nbytes: int) -> None:
         self.live += nbytes
-        self.small += nbytes if abs(nbytes) < self._threshold else 0
+        for k, threshold in enumerate(self._thresholds):
+            self.small[k] += nbytes if abs(nbytes) < threshold else 0

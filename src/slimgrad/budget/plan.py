@@ -24,6 +24,7 @@ class Plan:
         seconds: predicted for one gradient over `length` tokens.
         length: tokens of the sequence (of all, where there are several) that it was made for.
         reasons: in words, one for each choice.
+        malloc: what it does with large blocks; a command sets it so.
     """
 
     chunk: int
@@ -33,6 +34,7 @@ class Plan:
     seconds: float = 0.0
     length: int = 0
     reasons: tuple[str, ...] = ()
+    malloc: str = ""
 
     @property
     def peak(self) -> int:
@@ -47,7 +49,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        plain = {name: getattr(self, name) for name in ("chunk", "memory", "seconds", "length")}
+        plain = {name: getattr(self, name) for name in ("chunk", "memory", "seconds", "length", "malloc")}
         return plain | {
             "schedule": schedule_as_text(self.schedule), "account": dict(self.account), "reasons": list(self.reasons),
         }  # fmt: skip

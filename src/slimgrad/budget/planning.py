@@ -1,6 +1,6 @@
 """A plan for a call: what the public functions ask for, and what they remember between calls.
 
-What was measured of a model is kept with it, by all that it depends on (see `_use`), so that later calls, over other
+What was measured of a model is kept with it, by all that it depends on (see `use_of`), so that later calls, over other
 lengths or within other budgets, measure nothing. A plan is kept too, and made anew where the process holds so much more
 than when it was made (an optimiser's moments) that it would not fit.
 """
@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from slimgrad.budget.available import fault_seconds, free_bytes, held_bytes, slack
+from slimgrad.budget.available import fault_seconds, free_bytes, held_bytes, mallocs, slack, use_malloc
 from slimgrad.budget.choose import Chooser, Way, Work, reasons, too_small
 from slimgrad.budget.plan import Plan
 from slimgrad.budget.probe import PROBED_TAPE, MakeCall, Prober, as_it_was, tokens_between
 from slimgrad.budget.process import resident_bytes
+from slimgrad.budget.request import Request, lengths_of, use_of
 from slimgrad.budget.size import parse_bytes
 from slimgrad.call.arguments import DEFAULT_CHUNK, Call, Options, logger
 from slimgrad.call.model import device_of
-from slimgrad.call.source import Reader
 from slimgrad.errors import InputError
-from slimgrad.gradients.sink import Sink
-from slimgrad.states import raw_tensor
-from slimgrad.sweep import tree
 from slimgrad.sweep.cut import Cut
 from slimgrad.sweep.moves import FLOOR
 from slimgrad.sweep.program import OnChunk
@@ -46,58 +42,13 @@ _NEAR = 1.5  # times a size that was measured is near enough
 _MORE = 6  # sizes that are measured for one plan
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a call needs a plan for.
-
-    Args:
-        model, inputs, targets, options, sink: as in `backward`.
-        head: whether the first sweep runs chunks with their heads.
-        differentiates: whether the sweep goes back.
-        per_token: one loss per token.
-        reserved: bytes that the process does not hold yet, and will, by what they are for (an optimiser's moments).
-    """
-
-    model: nn.Module
-    inputs: Any
-    targets: Any
-    options: Options
-    sink: Mapping[str, Sink] | None = None
-    head: bool = False
-    differentiates: bool = True
-    per_token: bool = False
-    reserved: Mapping[str, int] = field(default_factory=dict[str, int])
-
-    def call(
-        self,
-        inputs: Any,
-        targets: Any,
-        chunk: int,
-        schedule: Schedule | None,
-        on_chunk: OnChunk | None,
-        state: Any = None,
-    ) -> Call:
-        """A call like this one, over other inputs, whose sinks take nothing."""
-        options = self.options._replace(chunk=chunk, schedule=schedule, on_chunk=on_chunk, state=state)
-        sink = dict.fromkeys(self.sink or {}, _take_nothing)
-        collect_in = "reverse" if self.differentiates and not self.head else "forward"
-        return Call(
-            self.model,
-            inputs,
-            targets,
-            options,
-            gathers=self.differentiates,
-            sink=sink,
-            collect_in=collect_in,
-            per_token=self.per_token,
-        )
-
-
 @dataclass
 class _Known:
-    """What was measured of a model in one use of it, and the plans that were made of it, with what was held then."""
+    """What was measured of a model in one use of it, by what malloc did, and the plans that were made of it, with what
+    was held then.
+    """
 
-    prober: Prober
+    probers: dict[str, Prober] = field(default_factory=dict[str, Prober])
     plans: dict[Any, tuple[Plan, int]] = field(default_factory=dict[Any, "tuple[Plan, int]"])
 
 
@@ -124,6 +75,7 @@ def decide(request: Request, *, chunk: int | None, memory: int | str | None, pla
     if plan is not None:
         if options.schedule not in (None, plan.schedule):
             raise InputError(f"schedule={options.schedule}: expected none beside plan=, which has {plan.schedule}")
+        use_malloc(plan.malloc)
         return options._replace(chunk=plan.chunk, schedule=plan.schedule, plan=plan)
     if chunk is not None:
         return options._replace(chunk=chunk)
@@ -151,23 +103,40 @@ def make_plan(request: Request, memory: int | str | None) -> Plan:
     device = device_of(model)
     budget = None if memory is None else _bytes(memory)
     lengths = lengths_of(request.inputs)
-    known = _known.setdefault(model, {}).setdefault(
-        (_use(request), slack(device).threshold), _Known(_prober(request, device))
-    )
-    wanted = (lengths, budget, request.options.schedule, tuple(request.reserved.items()), torch.get_num_threads())
+    known = _known.setdefault(model, {}).setdefault(use_of(request), _Known())
+    wanted = (lengths, budget, request.options.schedule, tuple(request.reserved.items()), mallocs(device))
     if wanted in known.plans and _still_fits(*known.plans[wanted], device):
-        return known.plans[wanted][0]
+        plan, _ = known.plans[wanted]
+        use_malloc(plan.malloc)
+        return plan
     with as_it_was(model):
         options = request.options
         checked = request.call(request.inputs, request.targets, 1, options.schedule, None, options.state)
         if request.differentiates and not request.head:
             checked.require_something_to_differentiate()
-        made = _Planning(request, known.prober, lengths, budget, device)
-        try:
-            known.plans[wanted] = made.plan(), made.held
-        finally:
-            known.prober.states.clear()
+        known.plans[wanted] = _fastest(request, known.probers, lengths, budget, device)
     return known.plans[wanted][0]
+
+
+def _fastest(
+    request: Request, probers: dict[str, Prober], lengths: tuple[int, ...], budget: int | None, device: torch.device
+) -> tuple[Plan, int]:
+    """The best plan under any malloc that may be chosen, which is then set; and what was held."""
+    found: list[tuple[Plan, int]] = []
+    for name in mallocs(device):
+        use_malloc(name)
+        prober = probers.setdefault(name, _prober(request, device))
+        made = _Planning(request, prober, lengths, budget, device)
+        try:
+            found.append((made.plan(), made.held))
+        except InputError:  # the first needs the least
+            if not found:
+                raise
+        finally:
+            prober.states.clear()
+    plan, held = min(found, key=lambda one: one[0].seconds)
+    use_malloc(plan.malloc)
+    return plan, held
 
 
 def chooser_for(request: Request, memory: int | str | None) -> tuple[Plan, Chooser]:
@@ -176,8 +145,7 @@ def chooser_for(request: Request, memory: int | str | None) -> tuple[Plan, Choos
     What the plan's account has beside its own way (`chooser.way(plan.chunk, plan.schedule)`) is there with any other.
     """
     plan = make_plan(request, memory)
-    known = _known[request.model][_use(request), slack(device_of(request.model)).threshold]
-    return plan, _chooser(request, known.prober)
+    return plan, _chooser(request, _known[request.model][use_of(request)].probers[plan.malloc])
 
 
 def _chooser(request: Request, prober: Prober) -> Chooser:
@@ -197,16 +165,6 @@ def _chooser(request: Request, prober: Prober) -> Chooser:
 
 def _prober(request: Request, device: torch.device) -> Prober:
     return Prober(head=request.head, differentiates=request.differentiates, threshold=slack(device).threshold)
-
-
-def lengths_of(inputs: Any) -> tuple[int, ...]:
-    """Tokens of each sequence, as far as can be told without a check."""
-    if isinstance(inputs, list):
-        return tuple(length for one in cast("list[Any]", inputs) for length in lengths_of(one))
-    if isinstance(inputs, Reader):
-        return (int(inputs.length),)
-    shapes = [x.shape for x in tree.tensors(inputs)]
-    return (max((shape[min(1, len(shape) - 1)] for shape in shapes if shape), default=0),)
 
 
 def _still_fits(plan: Plan, held: int, device: torch.device) -> bool:
@@ -285,7 +243,9 @@ class _Planning:
         chooser, most = Chooser(self.prober.costs, work, slack(self.device)), max(self.prober.sizes)
         predicted = chooser.way(chunk, Keep(tape=tape)).num_bytes
         if most < _TELLS:
-            predicted = chooser.way(most, Keep(tape=tape)).num_bytes * max(1, chunk // most)
+            way = chooser.way(most, Keep(tape=tape))
+            grows = way.num_bytes - way.account["gradients"] - chooser.slack.fixed
+            predicted = way.num_bytes + grows * max(0, chunk // most - 1)
         return self.held + predicted <= self._budget()
 
     def _budget(self) -> int:
@@ -351,37 +311,5 @@ class _Planning:
             seconds=way.seconds,
             length=sum(self.lengths),
             reasons=reasons(chooser, way, budget - spent),
+            malloc=chooser.slack.name,
         )
-
-
-def _use(request: Request) -> Any:
-    """All that the costs of a chunk depend on, but for lengths and threads."""
-    options, model = request.options, request.model
-    modes = tuple(module.training for module in model.modules())
-    parameters = tuple((p.requires_grad, p.dtype, p.device) for p in model.parameters())
-    kinds = ("cpu", device_of(model).type)
-    autocast = tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
-    given = tuple(_form(x) for x in (request.inputs, request.targets))
-    whole = tuple(_form(x, whole=True) for x in (options.context, options.state))
-    loss = getattr(options.loss_fn, "__code__", type(options.loss_fn))
-    how = (
-        request.head,
-        request.differentiates,
-        request.per_token,
-        frozenset(request.sink or ()),
-        torch.get_num_threads(),
-    )
-    return modes, parameters, autocast, given, whole, loss, how
-
-
-def _form(given: Any, *, whole: bool = False) -> Any:
-    """Of inputs and targets, everything but the time axis; with that, of context and state."""
-    if isinstance(given, Reader):
-        return type(given), given.batch
-    leaves = [raw_tensor(leaf) for leaf in tree.leaves(given)]
-    rest = 1 if whole else 2
-    return frozenset((x.shape[:1], x.shape[rest:], x.dtype, x.requires_grad) for x in leaves if x is not None)
-
-
-def _take_nothing(gradient: Tensor) -> None:
-    pass

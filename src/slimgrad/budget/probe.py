@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from slimgrad.budget.fit import Fit, Point
+from slimgrad.budget.fit import SHRUNK, Fit, Point, Small
 from slimgrad.budget.live import LiveBytes
 from slimgrad.call.arguments import Call, Started
 from slimgrad.states import raw_tensor
@@ -57,7 +57,7 @@ class Costs:
     """
 
     bytes: dict[str, Fit] = field(default_factory=dict[str, Fit])
-    small: dict[str, Fit] = field(default_factory=dict[str, Fit])
+    small: dict[str, Small] = field(default_factory=dict[str, Small])
     seconds: dict[str, Fit] = field(default_factory=dict[str, Fit])
     plain: int = 0
     sums: int = 0
@@ -88,7 +88,8 @@ class Prober:
 
     def __init__(self, *, head: bool, differentiates: bool, threshold: int) -> None:
         self._head, self._differentiates, self._threshold = head, differentiates, threshold
-        self._points: dict[str, dict[str, list[Point]]] = {"bytes": {}, "small": {}, "seconds": {}}
+        self._points: dict[str, dict[str, list[Point]]] = {"bytes": {}, "seconds": {}}
+        self._small: dict[str, list[list[Point]]] = {}  # of each name, for each of SHRUNK
         self.costs = Costs()
         self.sizes: list[int] = []
         self.states: dict[int, Any] = {}
@@ -118,9 +119,11 @@ class Prober:
 
     def _fit(self) -> None:
         costs = self.costs
-        for what, fits in (("bytes", costs.bytes), ("small", costs.small), ("seconds", costs.seconds)):
+        for what, fits in (("bytes", costs.bytes), ("seconds", costs.seconds)):
             for name, points in self._points[what].items():
                 fits[name] = Fit(points, grows=costs.rows > 0, seconds=what == "seconds", reach=costs.reach)
+        for name, series in self._small.items():
+            costs.small[name] = Small([Fit(points, grows=costs.rows > 0, reach=costs.reach) for points in series])
 
     def _note(self, what: str, name: str, span: Span, before: int, value: float) -> None:
         points = self._points[what].setdefault(name, [])
@@ -133,11 +136,12 @@ class Prober:
         itself, as buffers of rows do, is no part of it. Gradients and adjoint are there when the reverse sweep begins,
         so that its first chunk is like the others.
         """
-        live, begun, peak, after = LiveBytes(self._threshold), _Bytes(), _Bytes(), before > 0
+        live, after = LiveBytes([self._threshold // shrunk for shrunk in SHRUNK]), before > 0
+        begun = peak = _NONE
         kept, to_tape = dict[int, _Bytes](), dict[int, _Bytes]()
 
         def now() -> _Bytes:
-            return _Bytes(live.live - self._by_itself(started), live.small)
+            return _Bytes(live.live - self._by_itself(started), tuple(live.small))
 
         def read(span: Span, *, head: bool) -> Piece:
             nonlocal begun
@@ -154,32 +158,31 @@ class Prober:
             nonlocal begun
             if span.start in kept:
                 own = kept.pop(span.start)
-                begun = _Bytes(now().all - own.all, now().small - own.small)
+                begun = now().less(own)
                 live.reset_peak()
             as_backward(span, roots, leaves)
 
         def collect(piece: Piece, result: ChunkResult, phase: str) -> None:
             nonlocal peak
-            peak = _Bytes(live.peak - self._by_itself(started), live.peak_small)
+            peak = _Bytes(live.peak - self._by_itself(started), tuple(live.peak_small))
             as_collected(piece, result, phase)
-
-        def taken(then: _Bytes) -> _Bytes:
-            return _Bytes(then.all - begun.all, then.small - begun.small)
 
         def note(name: str, span: Span, found: _Bytes) -> None:
             self._note("bytes", name, span, before, found.all)
-            self._note("small", name, span, before, found.small)
+            series = self._small.setdefault(name, [[] for _ in SHRUNK])
+            for points, value in zip(series, found.small, strict=True):
+                points.append(Point(span.stop - span.start, before + span.start, value))
 
         def on_chunk(event: Event) -> None:
             span = Span(event.start, event.stop)
             if event.phase == "reverse":
-                run, back = to_tape.get(span.start, _Bytes()), taken(peak)  # without a tape it would be run now
-                note("reverse", span, _Bytes(max(run.all, back.all), max(run.small, back.small)))
+                run, back = to_tape.get(span.start, _NONE), peak.less(begun)  # without a tape it would be run now
+                note("reverse", span, _Bytes(max(run.all, back.all), tuple(map(max, run.small, back.small))))
             elif self._is_on_tape(event, chunk, tokens):
-                to_tape[span.start], kept[span.start] = taken(peak), taken(now())
+                to_tape[span.start], kept[span.start] = peak.less(begun), now().less(begun)
                 note("kept", span, kept[span.start])
             elif span.start or not after:  # the first after other tokens has a second copy of their rows for a moment
-                note("forward", span, taken(peak))
+                note("forward", span, peak.less(begun))
 
         with live:
             call, started = self._begin(make, chunk, tokens, on_chunk)
@@ -303,8 +306,15 @@ class Prober:
 class _Bytes(NamedTuple):
     """Alive, and of these in small blocks."""
 
-    all: int = 0
-    small: int = 0
+    all: int
+    small: tuple[int, ...]
+
+    def less(self, other: _Bytes) -> _Bytes:
+        """Without those."""
+        return _Bytes(self.all - other.all, tuple(x - y for x, y in zip(self.small, other.small, strict=True)))
+
+
+_NONE = _Bytes(0, (0,) * len(SHRUNK))
 
 
 def _taped(count: int) -> int:

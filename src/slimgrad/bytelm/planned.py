@@ -18,9 +18,10 @@ from slimgrad.budget.available import slack
 from slimgrad.budget.live import LiveBytes
 from slimgrad.budget.measure import measure_in_turn
 from slimgrad.budget.plan import Plan
-from slimgrad.budget.planning import Request, make_plan
+from slimgrad.budget.planning import make_plan
 from slimgrad.budget.probe import as_it_was
 from slimgrad.budget.process import resident_bytes
+from slimgrad.budget.request import Request
 from slimgrad.budget.size import parse_bytes
 from slimgrad.bytelm.config import TrainConfig
 from slimgrad.bytelm.device import pick_device

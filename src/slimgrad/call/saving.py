@@ -3,8 +3,9 @@
     folder/
       segment.json             which file it is, its bytes and checksum
       progress-3f0c....pt      the document: tensors, numbers and plain values (torch.save)
+      rows-91be....bin         rows along time, which the document speaks of: see `saved_rows`
 
-The second is written under a name of its own before the first comes to speak of it, in one piece.
+The others are written under names of their own before the first comes to speak of them, in one piece.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from typing import IO, Any
 import torch
 from torch.serialization import safe_globals
 
+from slimgrad.call.saved_rows import SavedRows, taken_out
 from slimgrad.errors import InputError
 from slimgrad.runs.files import PARTIAL, push_to_disk, sha256, storage_errors, write_atomically
 from slimgrad.states.base import State
 from slimgrad.sweep import tree
 from slimgrad.sweep.kinds import subclasses
 from slimgrad.sweep.schedules.base import Schedule
+from slimgrad.sweep.series import Rows
 
-_RECORD, _FORMAT = "segment.json", 1
+_RECORD, _FORMAT, _ROWS = "segment.json", 2, "files of rows"
 
 
 class _Hashing:
@@ -54,16 +57,28 @@ class _Hashing:
         self._file.flush()
 
 
-def write_document(folder: Path, document: dict[str, Any]) -> None:
+def write_document(folder: Path, document: dict[str, Any], before: SavedRows | None = None) -> SavedRows:
     """Put `document` in place of what the folder holds. Its "device", if it has one, is that of the model.
+
+    Args:
+        folder: is made, if it is not there.
+        document: dicts, lists and tuples of tensors, plain values and `Rows`.
+        before: of these, what stands in the folder already.
+
+    Returns:
+        What stands there now.
 
     Raises:
         StorageError: it could not be written. What was there is as it was.
     """
-    partial = folder / f"{PARTIAL}progress"
+    partial, series = folder / f"{PARTIAL}progress", dict[str, Rows]()
+    document = taken_out(document, series)
+    before = SavedRows(folder) if before is None or before.folder != folder else before
     with storage_errors(folder):
         new = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
+        rows = before.with_new(series)
+        document |= {_ROWS: rows.as_dict()}
         try:
             with partial.open("wb") as file:
                 hashing = _Hashing(file)
@@ -80,14 +95,15 @@ def write_document(folder: Path, document: dict[str, Any]) -> None:
     record = {"format": _FORMAT, "file": name, "bytes": hashing.num_bytes, "sha256": hashing.hash.hexdigest()}
     record |= {"device": str(document["device"])} if "device" in document else {}
     write_atomically(folder / _RECORD, (json.dumps(record, indent=1) + "\n").encode())
-    for old in folder.glob("progress-*.pt"):
-        if old.name != name:
+    for old in (*folder.glob("progress-*.pt"), *folder.glob("rows-*.bin")):
+        if old.name not in (name, *rows.checksums):
             with suppress(OSError):  # mapped by a load, which Windows does not let go
                 old.unlink()
+    return rows
 
 
-def read_document(folder: Path, device: torch.device | None = None) -> dict[str, Any]:
-    """What `write_document` wrote last. Its tensors are mapped from the file, which may go meanwhile.
+def read_document(folder: Path, device: torch.device | None = None) -> tuple[dict[str, Any], SavedRows]:
+    """What `write_document` wrote last, and returned. Its tensors are mapped from the files, which may go meanwhile.
 
     What was on the device of its model is put on this one, if it is another (a GPU of another number).
 
@@ -107,7 +123,9 @@ def read_document(folder: Path, device: torch.device | None = None) -> dict[str,
             document = torch.load(file, weights_only=True, mmap=True, map_location=moves)
         if str(document.get("device")) != str(record.get("device")):
             raise InputError(f"{path} is damaged: expected the device {document.get('device')}, found another")
-        return document
+        rows = SavedRows(folder, document.pop(_ROWS))
+        rows.check()
+        return rows.put_back(document), rows
     except FileNotFoundError as error:
         raise InputError(f"{folder}: expected a saved segment, found no {Path(str(error.filename)).name}") from error
     except RuntimeError as error:

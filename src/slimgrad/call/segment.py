@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from slimgrad.budget.plan import Plan
-from slimgrad.budget.planning import Request, decide
+from slimgrad.budget.planning import decide
+from slimgrad.budget.request import Request
 from slimgrad.call.arguments import DEFAULT_CHUNK, Call, Options, Result, Started, logger
 from slimgrad.call.guard import CalledWith
 from slimgrad.call.identity import differences, identity_of
@@ -26,6 +27,7 @@ from slimgrad.call.model import device_of
 from slimgrad.call.parallel import one_thread_at_a_time, refuse_unsynchronised
 from slimgrad.call.program import LossFn, sum_dtype
 from slimgrad.call.protocol import require_causal_model
+from slimgrad.call.saved_rows import SavedRows
 from slimgrad.call.saving import (
     read_document,
     schedule_as_dict,
@@ -96,7 +98,7 @@ class Segment:
         self._called_with = CalledWith(model, tree.tensors(context))
         self._started: Started = self._call.start(0, to_end=self._to_end)
         self._identity: dict[str, Any] | None = None
-        self._folder: Path | None = None
+        self._saved: SavedRows | None = None  # where it was saved last
         self._loss_grad: float | None = None
 
     @property
@@ -164,10 +166,10 @@ class Segment:
                 return self._started.reverse(everywhere(cotangent))
             except MemoryLimitError:
                 parts = moves.parts if moves.parts > before else 2 * moves.parts  # more, if it was split on the way
-                if self._folder is None or moves.cut.chunk // parts < FLOOR:
+                if self._saved is None or moves.cut.chunk // parts < FLOOR:
                     raise
-            logger.warning("going on from %s, in %d parts a chunk", self._folder, parts)
-            self._go_on_from(read_document(self._folder, self._call.shared.device))
+            logger.warning("going on from %s, in %d parts a chunk", self._saved.folder, parts)
+            self._go_on_from(*read_document(self._saved.folder, self._call.shared.device))
             self._loss_grad, self._started.run.progress.moves.parts = loss_grad, parts
             if self.phase in ("new", "forward"):
                 self._started.run.forward()
@@ -182,8 +184,9 @@ class Segment:
         """Write everything to a folder, in place of what was saved there before.
 
         Atomic: after a kill there is the old content or the new. With checksums of every byte. Memory: next to nothing;
-        on disk: the states, kept states and gathered gradients. Nothing of the model, the inputs or the loss function
-        is written, but checksums by which `load` knows them.
+        on disk: the states, kept states and gathered gradients. Rows of a `Growing` that were saved to the same folder
+        before are not written again; their gradients are. Nothing of the model, the inputs or the loss function is
+        written, but checksums by which `load` knows them.
 
         Raises:
             InputError: a sink that cannot be saved (see `SavedSink`), at whatever moment this is called first: call it
@@ -209,8 +212,7 @@ class Segment:
             "state": None if self._given_state is None else [structure_as_text(spec), given],
             "progress": self._started.run.progress.state(),
         }
-        write_document(Path(folder), document)
-        self._folder = Path(folder)
+        self._saved = write_document(Path(folder), document, self._saved)
 
     @classmethod
     @not_traced
@@ -236,7 +238,7 @@ class Segment:
             InputError: nothing was saved there, it is damaged, or something differs: with what does.
             ConsumedError: inputs that were read before have other values now.
         """
-        document = read_document(Path(folder), device_of(require_causal_model(model)))
+        document, saved = read_document(Path(folder), device_of(require_causal_model(model)))
         state = None
         if document["state"] is not None:
             spec, leaves = document["state"]
@@ -262,14 +264,13 @@ class Segment:
                 f"{folder}: this segment was saved with something else: {'; '.join(differing)}. Expected the same: the "
                 "gradient would belong to neither, or end with other bits"
             )
-        segment._folder = Path(folder)
-        segment._go_on_from(document)
+        segment._go_on_from(document, saved)
         plan = segment._started.run.progress.plan
         segment._call.plan = None if plan is None else Plan.from_dict(plan)
         return segment
 
-    def _go_on_from(self, document: dict[str, Any]) -> None:
-        self._loss_grad = document["loss_grad"]
+    def _go_on_from(self, document: dict[str, Any], saved: SavedRows) -> None:
+        self._loss_grad, self._saved = document["loss_grad"], saved
         self._call.sequences[0].seed = document["progress"]["seed"]
         self._started = self._call.start(0, to_end=self._to_end)
         progress = self._started.run.progress

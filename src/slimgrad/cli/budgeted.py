@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from rich.console import Console
 
-from slimgrad.budget.available import return_large_blocks
+from slimgrad.budget.available import let_plans_set_malloc
 from slimgrad.budget.plan import Plan
 from slimgrad.budget.process import peak_resident_bytes, reset_peak, resident_bytes
 from slimgrad.budget.size import parse_bytes
@@ -21,7 +21,7 @@ from slimgrad.models import PerformerConfig
 def keep_within(memory: str | None, device: str, *, trains: bool = True, has_plan: bool = True) -> None:
     """Make this process one that keeps to a budget: before anything large is made in it.
 
-    malloc gives large blocks back when they are freed, what training loads late is loaded, so that it is part of what
+    Plans choose what malloc does with large blocks, what training loads late is loaded, so that it is part of what
     the process holds, and the wall is set behind the budget. Nothing without a budget, with one on another device, or
     with one that is below what the process holds, which planning then refuses.
 
@@ -35,7 +35,7 @@ def keep_within(memory: str | None, device: str, *, trains: bool = True, has_pla
         return
     budget = parse_bytes(memory)
     if budget > (resident_bytes() or 0):
-        return_large_blocks()
+        let_plans_set_malloc()
         if trains:
             load_what_loads_late()
         set_wall(budget, has_plan=has_plan)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from slimgrad.budget.available import return_large_blocks
+from slimgrad.budget.available import let_plans_set_malloc
 from slimgrad.budget.choose import Chooser, Way
 from slimgrad.budget.plan import Plan
 from slimgrad.budget.planning import chooser_for
@@ -55,7 +55,7 @@ def run_planning(
     if chunk is not None and not 1 <= chunk <= config.length:
         raise InputError(f"--chunk {chunk}: expected 1 to {config.length:,}, the length of the sequence")
     if memory is None:
-        return_large_blocks()
+        let_plans_set_malloc()
         load_what_loads_late()
     keep_within(memory, config.device)
     model.to(pick_device(config.device))

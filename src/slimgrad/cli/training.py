@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimgrad.budget.available import use_malloc
 from slimgrad.budget.plan import Plan
 from slimgrad.bytelm import (
     RunFolder,
@@ -179,6 +180,8 @@ def _resume(options: Options) -> None:
     task = make_task(config, corpus)
     if plan is None:
         plan = plan_visibly(config)
+    else:
+        use_malloc(plan.malloc)
     config = as_planned(config, plan)
     with RunFolder.reopen(options.resume) as folder:  # from here on the run changes: nothing may be refused any more
         warnings = _restore_environment(folder)

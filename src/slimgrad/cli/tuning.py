@@ -25,7 +25,7 @@ require_extra("hf", "a Hugging Face model")
 import datasets  # noqa: E402  # after what they read when they are imported
 import transformers  # noqa: E402
 
-from slimgrad.budget.available import return_large_blocks  # noqa: E402
+from slimgrad.budget.available import let_plans_set_malloc  # noqa: E402
 from slimgrad.hf.certifying import certify  # noqa: E402
 from slimgrad.hf.tuning import Settings, Tuned, finetune, resume  # noqa: E402
 from slimgrad.hf.tuning.loading import Source  # noqa: E402
@@ -38,7 +38,7 @@ def run_tuning(
 ) -> None:
     """Fine-tune, or go on with it."""
     if "memory" in given:
-        return_large_blocks()
+        let_plans_set_malloc()
     _quiet()
     console = Console(highlight=False)
 

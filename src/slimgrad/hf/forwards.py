@@ -20,7 +20,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from slimgrad import api
 from slimgrad.budget.plan import Plan
-from slimgrad.budget.planning import Request, decide
+from slimgrad.budget.planning import decide
+from slimgrad.budget.request import Request
 from slimgrad.call.arguments import Options
 from slimgrad.errors import ModelError
 from slimgrad.hf import mends

@@ -138,6 +138,9 @@ class RowsCarrier(Carrier):
         self.length = initial.length  # rows before the chunk
         self._length = initial.length  # live
         self._written = initial.length  # rows that stand in the buffer, live or rolled back
+        self._saved = 0  # of them, rows that were given to be saved
+        self._steady = True  # whether these stand there as they were given
+        self._graded = 0  # rows whose gradient is still to be used
         self._lengths = Record()  # before each chunk
         self._bound: Growing | None = None
         self._following: Growing | None = None
@@ -165,6 +168,7 @@ class RowsCarrier(Carrier):
         self._gradient.add(first, g)
 
     def _new_gradient(self, length: int) -> Series:
+        self._graded = length
         wide = torch.promote_types(self._dtype, torch.float32)
         return self._store.series((self._shape[0], length, *self._shape[2:]), wide, self._device, zeros=True)
 
@@ -226,6 +230,7 @@ class RowsCarrier(Carrier):
             self._buffer.grow(capacity, start)
         self._buffer.write(start, rows)
         self._written = max(self._written, stop)
+        self._steady = self._steady and start >= self._saved
 
     def take(self, returned: Any) -> None:
         if returned is not (self._bound if self._following is None else self._following):
@@ -250,6 +255,7 @@ class RowsCarrier(Carrier):
     def _settle(self) -> None:
         if self.position == self.span.start:
             self._length = self.length
+            self._graded = self.length if self.reverses else self._graded
         self._forget()
 
     def rewind(self) -> None:
@@ -286,12 +292,13 @@ class RowsCarrier(Carrier):
         return self._buffer.nbytes + (0 if self._gradient is None else self._gradient.nbytes)
 
     def state(self) -> dict[str, Any]:
+        gradient, self._saved = self._gradient, self._written
         return {
             "position": self.position,
             "length": self._length,
             "written": self._written,
-            "rows": self._buffer.state(self._written),
-            "adjoint": None if self._gradient is None else self._gradient.state(self._gradient.capacity),
+            "rows": self._buffer.state(self._written, steady=self._steady),
+            "adjoint": None if gradient is None else gradient.state(min(self._graded, gradient.capacity)),
             "lengths": self._lengths.state(),
         }
 
@@ -300,7 +307,8 @@ class RowsCarrier(Carrier):
         self._lengths.load_state(state["lengths"])
         self._written = state["written"]
         self._buffer.load_state(state["rows"])
-        self._gradient = None
+        self._saved, self._steady, self._gradient = self._written, state["rows"].steady, None
         if state["adjoint"] is not None:
             self._gradient = self._new_gradient(0)
             self._gradient.load_state(state["adjoint"])
+            self._graded = state["adjoint"].length

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +20,41 @@ _BLOCK_BYTES = 1 << 18
 _ALIGNED = 64  # rows: a multiple of them is one of 64 bytes, whatever the row
 
 
+class Rows(NamedTuple):
+    """Rows of a series as they go to a file, or come from one.
+
+    Attributes:
+        shape: `[batch, capacity, ...]` of the series.
+        dtype: of the rows.
+        length: how many of the first there are.
+        steady: whether those that went to a file before are as they were then.
+        pieces: gives the rows from one on, `[batch, some, ...]`, one after the other.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    length: int
+    steady: bool
+    pieces: Callable[[int], Iterator[Tensor]]
+
+
 class Series(ABC):
     """Rows along time."""
 
     @property
     @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """`[batch, capacity, ...]`."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the rows."""
+
+    @property
     def capacity(self) -> int:
         """How many rows there is room for."""
+        return self.shape[1]
 
     @property
     @abstractmethod
@@ -53,15 +81,22 @@ class Series(ABC):
         """These rows will be read soon."""
 
     @abstractmethod
-    def state(self, length: int) -> Any:
-        """The first rows for a file: one tensor, or several to be put beside each other along time. Not copied."""
+    def pieces(self, first: int, stop: int) -> Iterator[Tensor]:
+        """Some rows for a file, `[batch, some, ...]`, one after the other. Not copied."""
 
-    def load_state(self, state: Any) -> None:
-        """Hold these rows."""
-        pieces: Sequence[Tensor] = [state] if isinstance(state, Tensor) else state
-        self.grow(sum(piece.shape[1] for piece in pieces), 0)
+    def state(self, length: int, *, steady: bool = False) -> Rows:
+        """The first rows for a file. `steady`: see `Rows`."""
+
+        def pieces(first: int) -> Iterator[Tensor]:
+            return self.pieces(first, length)
+
+        return Rows(self.shape, self.dtype, length, steady, pieces)
+
+    def load_state(self, state: Rows) -> None:
+        """Hold these rows, in as much room as they had: where rows begin decides about bits."""
+        self.grow(state.shape[1], 0)
         start = 0
-        for piece in pieces:
+        for piece in state.pieces(0):
             self.write(start, piece)
             start += piece.shape[1]
 
@@ -78,8 +113,12 @@ class MemorySeries(Series):
         self._allocate, self._rows = allocate, allocate(shape)
 
     @property
-    def capacity(self) -> int:
-        return self._rows.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._rows.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._rows.dtype
 
     @property
     def nbytes(self) -> int:
@@ -104,10 +143,12 @@ class MemorySeries(Series):
         self._rows.zero_()
         return self
 
-    def state(self, length: int) -> Tensor:
-        # whole: they may be large, and rows begin where they began
-        self._rows[:, length:] = 0
-        return self._rows
+    def pieces(self, first: int, stop: int) -> Iterator[Tensor]:
+        if self._rows.is_pinned():
+            torch.accelerator.synchronize()  # what is on its way to the host is there
+        some = max(1, _BLOCK_BYTES * 64 // max(1, self._rows[:, :1].nbytes))
+        for start in range(first, stop, some):
+            yield self._rows[:, start : min(start + some, stop)]
 
 
 class _Part(NamedTuple):
@@ -139,8 +180,12 @@ class FileSeries(Series):
         self.grow(capacity, 0)
 
     @property
-    def capacity(self) -> int:
-        return self._length * len(self._starts)
+    def shape(self) -> tuple[int, ...]:
+        return self._batch, self._length * len(self._starts), *self._row
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
 
     @property
     def nbytes(self) -> int:
@@ -181,13 +226,9 @@ class FileSeries(Series):
             if self._checksums[part.block] is not None:
                 self._file.fetch(self._starts[part.block], self._block_bytes)
 
-    def state(self, length: int) -> list[Tensor]:
-        for block in range(len(self._starts)):
-            self._block(block)  # raises if it is not what it was
-        shape = (self._batch, self._length, *self._row)
-        regions = [self._file.mapped(start, count * self._block_bytes) for start, count in self._regions]
-        blocks = [x.view(self._dtype).view(-1, *shape).unbind() for x in regions]
-        return [block for region in blocks for block in region]
+    def pieces(self, first: int, stop: int) -> Iterator[Tensor]:
+        for part in self._parts(first, stop):
+            yield self._block(part.block)[:, part.here]
 
     def _parts(self, first: int, stop: int) -> Iterator[_Part]:
         for block in range(first // self._length, -(-stop // self._length)):
