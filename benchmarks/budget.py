@@ -4,8 +4,8 @@
     python -m benchmarks.budget --quick      # two models
 
 The budgets are what the process holds, and one, two, four and eight times the least that a plan needs beside it. A
-model is measured and planned for in a process of its own, with one thread; each plan is carried out in a child that is
-forked from it. As in slimgrad's commands ("command": plans choose what malloc does with large blocks), and as in a
+model is measured, and its plans are made and carried out one after the other, in a process of its own with one thread:
+as in slimgrad's commands ("command": plans choose what malloc does with large blocks), and as in a
 library ("default": malloc as it is). Peaks are resident, of the whole process. Beside ours, over the same tokens: plain
 backpropagation, and per-layer checkpointing where the model is a Performer.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -90,7 +89,7 @@ def measure(model: str, length: int, malloc: str) -> list[dict[str, Any]]:
         memory = held + int(times * (least - held))
         row = {"model": model, "length": long, "malloc": malloc, "method": OURS, "times": times}
         row |= {"held_bytes": held, "least_bytes": least - held, "planning_seconds": planning}
-        rows.append(row | _in_a_fork(lambda long=long, memory=memory: _ours(made, tokens[:, :long], memory)))
+        rows.append(row | _ours(made, tokens[:, :long], memory))
     return rows
 
 
@@ -113,31 +112,13 @@ def _least(model: nn.Module, tokens: Tensor) -> tuple[int, int]:
     return held, high
 
 
-def _in_a_fork(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `work` gives, in a process that has what this one has. What it prints is part of nobody's result."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with os.fdopen(writing, "w") as file:
-            try:
-                found = work()
-            except Exception as error:  # noqa: BLE001
-                found = {"failed": f"{type(error).__name__}: {error}"[:300]}
-            json.dump(found, file)
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as file:
-        text = file.read()
-    os.waitpid(child, 0)
-    return json.loads(text) if text else {"failed": "killed"}
-
-
 def _ours(model: nn.Module, tokens: Tensor, memory: int) -> dict[str, Any]:
     plan = sg.plan(model, tokens, memory=memory)
     row = _measured(lambda: sg.backward(model, tokens, plan=plan))
     model.zero_grad(set_to_none=True)
     with LiveBytes() as live:
         sg.backward(model, tokens, plan=plan)
+    model.zero_grad(set_to_none=True)
     beside = ("weights", "everything else that was there", "allocator")
     counted = sum(num_bytes for name, num_bytes in plan.account.items() if name not in beside)
     return row | {

@@ -185,7 +185,7 @@ def test_a_model_s_file_needs_a_preset_beside_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     file = snapshots(trained)[-1] / "model.safetensors"
-    assert "expected --preset beside it" in refuse(2, "train", fox, "--init", file)
+    assert f"--init {file} --preset modern" in refuse(2, "train", fox, "--init", file)
     assert "another shape" in refuse(2, "train", fox, "--init", file, "--preset", "modern")
     assert list(tmp_path.iterdir()) == []
 

@@ -41,7 +41,7 @@ _TOUCHED = 4 << 20
 # Beside the bytes of live tensors. Measured over the models and budgets of benchmarks/results/budget.json.
 DEFAULT_MALLOC = Slack("default", threshold=1 << 62, small=1.3, share=0.0, fixed=16 << 20)
 RETURNED = Slack("returned", threshold=THRESHOLD, small=1.3, share=0.04, fixed=16 << 20)
-KEPT = Slack("kept", threshold=1 << 62, small=1.3, share=0.0, fixed=16 << 20)
+KEPT = Slack("kept", threshold=1 << 62, small=1.3, share=0.0, fixed=16 << 20, keeps=True)
 CUDA = Slack("", threshold=0, small=0.0, share=0.15, fixed=32 << 20)
 _SETTINGS = {"returned": (THRESHOLD, 1 << 17), "kept": (1 << 30, 1 << 30)}  # from which size on blocks are mapped; and
 # how much the heap may end in that is free
@@ -92,9 +92,9 @@ def let_plans_set_malloc() -> None:
     _malloc.is_chosen = set_malloc("returned")
 
 
-def mallocs(device: torch.device) -> tuple[str, ...]:
-    """What a plan may choose from. In this order: what a heap has kept is used before blocks are mapped again."""
-    return ("returned", "kept") if _malloc.is_chosen and device.type == "cpu" else (slack(device).name,)
+def slacks(device: torch.device) -> tuple[Slack, ...]:
+    """What a plan may choose from: the first is what costs are measured under."""
+    return (RETURNED, KEPT) if _malloc.is_chosen and device.type == "cpu" else (slack(device),)
 
 
 def use_malloc(name: str) -> None:

@@ -27,6 +27,7 @@ from slimgrad.sweep.schedules.names import schedule_as_text
 
 _NEAR = 1.03  # of the fastest
 _MOST_SLOTS = 1 << 16
+_LEAST = 0.4  # of the seconds that were measured, at least, without those of first touches
 _UNDER_WAY = 8  # states that are on their way to a file or from it, at most
 
 
@@ -66,6 +67,7 @@ class Slack:
         small: a share of those in smaller blocks, which come from a heap with holes.
         share: a share of all.
         fixed: and a number.
+        keeps: whether freed blocks are used again without being mapped, and each of their pages touched, anew.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Slack:
     small: float
     share: float
     fixed: int
+    keeps: bool = False
 
     def of(self, live: float, small: float) -> int:
         """Bytes, beside so many that are alive, so many of them in small blocks."""
@@ -232,7 +235,8 @@ class Chooser:
             "tape": int(taped(number, costs.bytes)),
         }
         live = sum(account.values()) - costs.gradients
-        small = of(name, number, costs.small) + taped(number, costs.small) + account["state and adjoint"]
+        in_heap = costs.bytes if self.slack.keeps else costs.small
+        small = of(name, number, in_heap) + taped(number, in_heap) + account["state and adjoint"]
         account["allocator"] = self.slack.of(live, small)
         return Way(chunk, schedule, account, self._seconds(chunk, schedule))
 
@@ -259,11 +263,26 @@ class Chooser:
                 advances = schedule.num_advances(swept) + more if swept else 0
                 seconds = advances * of_chunk("forward", mean) + swept * of_chunk("reverse", mean)
                 seconds += tape * of_chunk("tape", costs.given + length - tape * chunk / 2)
+            if self.slack.keeps:
+                seconds = max(seconds - self._faults(count, swept, tape, chunk, schedule), _LEAST * seconds)
             total += seconds * length / (count * chunk)  # the last chunk may be a short one
         if schedule.tape and "kept" in costs.bytes:
             count = min(schedule.tape, len(Cut(work.longest, chunk)))
             total += work.fault_seconds * (count - 1) * costs.bytes["kept"](chunk, work.longest)
         return total
+
+    def _faults(self, count: int, swept: int, tape: int, chunk: int, schedule: Schedule) -> float:
+        """Seconds that were measured for the first touches of large blocks."""
+        work, large = self.work, self.costs.large
+
+        def of(name: str) -> float:
+            return large[name](chunk, self.costs.given) if name in large else 0.0
+
+        if not work.differentiates:
+            return work.fault_seconds * count * of("forward")
+        more = 1 if swept and (tape or work.to_end) else 0
+        advances = schedule.num_advances(swept) + more if swept else 0
+        return work.fault_seconds * (advances * of("forward") + swept * of("reverse") + tape * of("tape"))
 
 
 def too_small(budget: int, spent: int, way: Way) -> str:

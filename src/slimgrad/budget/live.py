@@ -22,11 +22,14 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         thresholds: bytes of a storage below which it is a small one: for each, these are counted once more.
+
+    Attributes:
+        made_large: bytes of all storages made that are not small by the first threshold, whether alive or not.
     """
 
     def __init__(self, thresholds: Sequence[int] = ()) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.made_large = 0
         self.small, self.peak_small = [0] * len(thresholds), [0] * len(thresholds)
         self._thresholds = tuple(thresholds)
         self._seen: set[int] = set()
@@ -55,6 +58,8 @@ class LiveBytes(TorchDispatchMode):
                 if key not in self._seen:
                     self._seen.add(key)
                     self._add(nbytes)
+                    if self._thresholds and nbytes >= self._thresholds[0]:
+                        self.made_large += nbytes
                     weakref.finalize(storage, self._freed, key, nbytes)
 
     def _freed(self, key: int, nbytes: int) -> None:

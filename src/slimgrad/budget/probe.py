@@ -43,6 +43,7 @@ class Costs:
             "reverse" (also while it is put on the tape); "kept", what a chunk on the tape leaves alive; and "held",
             what stands between two chunks: one state at hand with its adjoint and all that goes with it, but for rows.
         small: of these, bytes in blocks that the allocator cuts out of its heap.
+        large: bytes of the other blocks that one chunk makes, "forward", "reverse", on the "tape" there and back.
         seconds: of a chunk "forward", on the "tape" (there and back), "reverse".
         plain: a kept copy of the state's plain tensors, without those that never change.
         sums: a kept copy of everything else that can be rolled back.
@@ -58,6 +59,7 @@ class Costs:
 
     bytes: dict[str, Fit] = field(default_factory=dict[str, Fit])
     small: dict[str, Small] = field(default_factory=dict[str, Small])
+    large: dict[str, Fit] = field(default_factory=dict[str, Fit])
     seconds: dict[str, Fit] = field(default_factory=dict[str, Fit])
     plain: int = 0
     sums: int = 0
@@ -88,7 +90,7 @@ class Prober:
 
     def __init__(self, *, head: bool, differentiates: bool, threshold: int) -> None:
         self._head, self._differentiates, self._threshold = head, differentiates, threshold
-        self._points: dict[str, dict[str, list[Point]]] = {"bytes": {}, "seconds": {}}
+        self._points: dict[str, dict[str, list[Point]]] = {"bytes": {}, "large": {}, "seconds": {}}
         self._small: dict[str, list[list[Point]]] = {}  # of each name, for each of SHRUNK
         self.costs = Costs()
         self.sizes: list[int] = []
@@ -119,7 +121,7 @@ class Prober:
 
     def _fit(self) -> None:
         costs = self.costs
-        for what, fits in (("bytes", costs.bytes), ("seconds", costs.seconds)):
+        for what, fits in (("bytes", costs.bytes), ("large", costs.large), ("seconds", costs.seconds)):
             for name, points in self._points[what].items():
                 fits[name] = Fit(points, grows=costs.rows > 0, seconds=what == "seconds", reach=costs.reach)
         for name, series in self._small.items():
@@ -139,13 +141,14 @@ class Prober:
         live, after = LiveBytes([self._threshold // shrunk for shrunk in SHRUNK]), before > 0
         begun = peak = _NONE
         kept, to_tape = dict[int, _Bytes](), dict[int, _Bytes]()
+        made, made_for_tape = 0, dict[int, int]()
 
         def now() -> _Bytes:
             return _Bytes(live.live - self._by_itself(started), tuple(live.small))
 
         def read(span: Span, *, head: bool) -> Piece:
-            nonlocal begun
-            begun = now()
+            nonlocal begun, made
+            begun, made = now(), live.made_large
             if self._is_held(started, span):
                 self._note("bytes", "held", span, before, begun.all)
             live.reset_peak()
@@ -155,10 +158,10 @@ class Prober:
             return piece
 
         def backward(span: Span, roots: Sequence[Root], leaves: Sequence[Tensor]) -> None:
-            nonlocal begun
+            nonlocal begun, made
             if span.start in kept:
                 own = kept.pop(span.start)
-                begun = now().less(own)
+                begun, made = now().less(own), live.made_large
                 live.reset_peak()
             as_backward(span, roots, leaves)
 
@@ -174,15 +177,19 @@ class Prober:
                 points.append(Point(span.stop - span.start, before + span.start, value))
 
         def on_chunk(event: Event) -> None:
-            span = Span(event.start, event.stop)
+            span, large = Span(event.start, event.stop), live.made_large - made
             if event.phase == "reverse":
+                name = "tape" if span.start in made_for_tape else "reverse"
+                self._note("large", name, span, before, large + made_for_tape.pop(span.start, 0))
                 run, back = to_tape.get(span.start, _NONE), peak.less(begun)  # without a tape it would be run now
                 note("reverse", span, _Bytes(max(run.all, back.all), tuple(map(max, run.small, back.small))))
             elif self._is_on_tape(event, chunk, tokens):
                 to_tape[span.start], kept[span.start] = peak.less(begun), now().less(begun)
+                made_for_tape[span.start] = large
                 note("kept", span, kept[span.start])
             elif span.start or not after:  # the first after other tokens has a second copy of their rows for a moment
                 note("forward", span, peak.less(begun))
+                self._note("large", "forward", span, before, large)
 
         with live:
             call, started = self._begin(make, chunk, tokens, on_chunk)

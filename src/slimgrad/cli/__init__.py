@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 from slimgrad.errors import MissingExtraError
@@ -17,6 +18,9 @@ def main() -> None:
     except MissingExtraError as error:
         print(f"slimgrad: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    for stream in (sys.stdout, sys.stderr):  # an encoding that lacks a character costs that character alone
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     from slimgrad.cli.app import app
 
     app()

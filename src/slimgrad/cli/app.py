@@ -1,7 +1,7 @@
 """Commands and their options. The work is in the modules beside this one, imported when a command runs.
 
 Exit status: 0 all is well; 1 a run failed, or `verify` found a gradient that is not exact; 2 the input does not fit;
-130 interrupted by Ctrl-C, 143 by SIGTERM.
+130 interrupted by Ctrl-C, 143 by SIGTERM, 129 by a terminal that was closed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import typer
 
 from slimgrad.bytelm.config import describe
 from slimgrad.cli.knobs import with_numbers
+from slimgrad.cli.screen import flush, output_is_gone
 from slimgrad.errors import InputError, SlimgradError
 
 EXPERIMENTS = (
@@ -67,9 +68,13 @@ def one_clear_message() -> Generator[None]:
     """Turn the library's own errors and an interrupt into a message and an exit status."""
     try:
         yield
+        flush()
     except SlimgradError as error:
         print(f"slimgrad: {error}", file=sys.stderr)
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from error
+    except BrokenPipeError as error:  # nothing else is a pipe here
+        print(f"slimgrad: {output_is_gone(error)}", file=sys.stderr)
+        raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         number = getattr(error, "signal_number", 2)
         print(f"slimgrad: interrupted{_how_to_go_on(error)}", file=sys.stderr)
@@ -127,10 +132,13 @@ def train(
     out: Out = None,
     data_dir: DataDir = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's files too.")] = False,
+    compare: Annotated[
+        bool, typer.Option(help="At the end, measure one gradient beside plain backpropagation.")
+    ] = True,
 ) -> None:
     """Train a Performer on text, then show the loss curve, a sample, and what memory one gradient takes.
 
-    Ctrl-C and SIGTERM save first. A run that ended in any way goes on with --resume.
+    Ctrl-C, SIGTERM and a closed terminal save first. A run that ended in any way goes on with --resume.
     """
     with one_clear_message():
         from slimgrad.cli.training import Options, run_training
@@ -139,7 +147,7 @@ def train(
         run_training(
             Options(
                 corpus=corpus, preset=preset, numbers=given, settings=tuple(settings or ()), init=init,
-                resume=resume, out=out, data_dir=data_dir, tensorboard=tensorboard,
+                resume=resume, out=out, data_dir=data_dir, tensorboard=tensorboard, compare=compare,
             )
         )  # fmt: skip
 

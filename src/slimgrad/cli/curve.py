@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 
 from uniplot import plot_to_string
@@ -34,6 +35,7 @@ def sketch(values: Sequence[float], *, width: int = 60, height: int = 8, unicode
 
 def picture(rows: Sequence[Row], title: str) -> bytes:
     """Training and validation loss in bits per byte over the bytes seen, as a PNG."""
+    os.environ.pop("MPLBACKEND", None)  # one that is not installed here would be asked for, and is not used
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -50,7 +52,8 @@ def picture(rows: Sequence[Row], title: str) -> bytes:
         f"{validated[-1][1]:.2f}", validated[-1],
         textcoords="offset points", xytext=(0, 8), ha="right", color="#d94801",
     )  # fmt: skip
-    axes.set(xlabel="training bytes seen (millions)", ylabel="bits per byte", title=title)
+    axes.set(xlabel="training bytes seen (millions)", ylabel="bits per byte")
+    axes.set_title(title.encode(errors="replace").decode(), parse_math=False)
     axes.set(xlim=(0, None), ylim=(0, None))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

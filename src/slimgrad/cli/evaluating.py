@@ -19,6 +19,7 @@ from slimgrad.bytelm.planned import PIECE_BYTES, plan_evaluation
 from slimgrad.cli.budgeted import keep_within, peak_in_words
 from slimgrad.cli.words import megabytes
 from slimgrad.data import load_corpus
+from slimgrad.data.looks import require_text
 from slimgrad.errors import InputError
 
 STDIN = "-"
@@ -83,6 +84,7 @@ def _sequences(source: str, piece_bytes: int) -> tuple[Iterator[Iterable[Tensor]
     if not path.is_dir():
         if not path.is_file():
             raise InputError(f"{path}: expected a file, found nothing of that name. Check the path")
+        require_text(path)
         return _one_file(path, piece_bytes), path.stat().st_size
     text = load_corpus(path).text
     spans = [(start, stop) for start, stop in text.spans if stop - start > 1]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slimgrad.bytelm import open_model, pick_device, stream
+from slimgrad.cli.screen import output_is_gone
 from slimgrad.cli.words import printable
 from slimgrad.errors import InputError
 
@@ -28,6 +29,13 @@ def run_generation(
     model, _ = open_model(run)
     model.to(pick_device(device))
     drawn = stream(model, start, tokens, temperature=temperature, top_p=top_p, seed=seed)
+    try:
+        _write(start, drawn)
+    except OSError as error:
+        raise output_is_gone(error) from error
+
+
+def _write(start: bytes, drawn: Iterator[int]) -> None:
     if sys.stdout.isatty():
         for text in decoded(drawn, start):
             sys.stdout.write(printable(text))

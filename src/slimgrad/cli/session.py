@@ -6,7 +6,9 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import slimgrad
+from slimgrad.budget.available import free_bytes
 from slimgrad.budget.plan import Plan
 from slimgrad.budget.process import peak_resident_bytes
 from slimgrad.bytelm import (
@@ -38,16 +41,21 @@ from slimgrad.bytelm import (
 )
 from slimgrad.cli.budgeted import peak_in_words
 from slimgrad.cli.curve import picture, sketch, smooth
+from slimgrad.cli.screen import Screen
 from slimgrad.cli.sweeping import SweepBar
 from slimgrad.cli.words import megabytes, printable
 from slimgrad.data import Corpus, Windows
+from slimgrad.errors import SlimgradError
 from slimgrad.runs.stopping import Interrupted, Stop
 
 SAMPLE_BYTES = 600
 PROMPT_BYTES = 64
 SEARCHED_BYTES = 32_768
 TEMPERATURE = 0.7
-MEASURED_BYTES = 16_384
+MEASURED_BYTES, COMPARED = 16_384, "memory.json"
+FREE_BYTES = 2_000_000_000  # for plain backpropagation over so many
+SAID_EVERY = 60.0  # seconds, where there is no terminal
+_UNWRAPPED = 10_000  # columns
 
 
 def describe(config: TrainConfig, corpus: Corpus | None, origin: str, plan: Plan | None = None) -> dict[str, str]:
@@ -121,6 +129,13 @@ def _threads() -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
+def run_console() -> Console:
+    """For a run: its lines are not wrapped in a file, and it may go away."""
+    screen: Any = Screen()
+    console = Console(highlight=False, file=screen)
+    return console if console.is_terminal else Console(highlight=False, file=screen, width=_UNWRAPPED)
+
+
 class Session:
     """One process' work on a run."""
 
@@ -134,11 +149,12 @@ class Session:
         plan: Plan | None = None,
         tensorboard: bool = False,
         finetuning: bool = False,
+        compare: bool = True,
     ) -> None:
         self.config, self.corpus, self.task, self.folder, self.plan = config, corpus, task, folder, plan
         self.name = "copying" if corpus is None else corpus.name
-        self.console = Console(highlight=False)
-        self._finetuning = finetuning
+        self.console = run_console()
+        self._finetuning, self._compare = finetuning, compare
         self._to_tensorboard = tensorboard_report(folder) if tensorboard else None
 
     def run(self, settings: dict[str, str]) -> None:
@@ -150,17 +166,26 @@ class Session:
             self._show_before()
         trained = self._train()
         if trained.rows:  # a finished run whose metrics were removed has none
-            self._show_curve(trained)
+            self._show("the curve", lambda: self._show_curve(trained))
         if self.corpus is not None:
-            self._show_sample(trained)
+            self._show("the sample", lambda: self._show_sample(trained))
         if self.config.memory is not None:
             console.print(f"\n[bold]Memory[/]: {peak_in_words(self.config.memory, self.plan)}")
         elif self._finetuning:
             console.print(f"\nat most [bold]{megabytes(peak_resident_bytes())}[/] resident in this process")
-        elif self.config.method == "chunked":
-            self._show_memory()
+        elif self.config.method == "chunked" and self._compare and not (self.folder.path / COMPARED).exists():
+            self._show("the comparison", self._show_memory)
         where = escape(str(self.folder.path))
         console.print(f"\n{time.perf_counter() - began:.0f} s in all; everything is in [bold]{where}[/]")
+
+    def _show(self, what: str, show: Callable[[], None]) -> None:
+        """What comes at the end stands by itself: where it fails, the run is there all the same, and so is the rest."""
+        try:
+            show()
+        except SlimgradError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            self.console.print(f"\n{what}: left out, since {type(error).__name__}: {escape(str(error))}")
 
     def _show_before(self) -> None:
         model, _ = open_model(self.folder.path)
@@ -178,13 +203,24 @@ class Session:
             ends = list(itertools.accumulate(self.config.step_lengths()))
             bar = progress.add_task("starting", total=ends[-1])
             recent: list[Row] = []
+            began = said = time.perf_counter()
+            first = ends[self.folder.snapshot.step - 1] if self.folder.snapshot and self.folder.snapshot.step else 0
 
             def report(row: Row) -> None:
+                nonlocal said
                 recent[:] = [*recent[-19:], row]
                 bits = sum(r.bits for r in recent) / len(recent)
                 speed = sum(r.num_bytes for r in recent) / sum(r.num_bytes / r.bytes_per_second for r in recent)
                 words = f"{bits:.2f} bits/byte  {speed:,.0f} bytes/s  {megabytes(row.resident_bytes)}"
                 progress.update(bar, completed=ends[row.step - 1], description=words)
+                now = time.perf_counter()
+                if not console.is_terminal and now - said >= SAID_EVERY:
+                    said = now
+                    left = (now - began) * (ends[-1] - ends[row.step - 1]) / max(ends[row.step - 1] - first, 1)
+                    progress.console.print(
+                        f"{datetime.now():%Y-%m-%d %H:%M:%S}  step {row.step:,} of {self.config.steps:,}  {words}  "
+                        f"{timedelta(seconds=round(left))} left"
+                    )
                 if row.validation_bits is not None:
                     progress.console.print(
                         f"step {row.step:>6,}  training {bits:.3f}  validation [bold]{row.validation_bits:.3f}[/] "
@@ -229,6 +265,13 @@ class Session:
         """One gradient each way, in a process of its own, over no more than plain backpropagation has memory for."""
         config, console = self.config, self.console
         length = min(config.length, MEASURED_BYTES)
+        free = free_bytes(torch.device("cpu"))
+        if free is not None and free < FREE_BYTES:
+            console.print(
+                f"\nOne gradient is not compared with plain backpropagation, which may take {megabytes(FREE_BYTES)}: "
+                f"{megabytes(free)} are free"
+            )
+            return
         console.print(f"\n[bold]One gradient[/] over {length:,} bytes, each way in a process of its own")
         ours = measure_gradient(config.model, length=length, chunk=config.chunk, method="chunked")
         plain = measure_gradient(config.model, length=length, chunk=config.chunk, method="plain")
@@ -236,10 +279,10 @@ class Session:
         for name, cost in ((f"slimgrad, chunks of {config.chunk:,}", ours), ("plain backpropagation", plain)):
             table.add_row(f"  {name}", f"[bold]{megabytes(cost.peak_bytes)}[/]", _seconds(cost))
         console.print(table)
-        if ours.peak_bytes and plain.peak_bytes:
+        if ours.peak_bytes and plain.peak_bytes and ours.peak_bytes < plain.peak_bytes:
             console.print(f"  the same gradient in [bold]1/{plain.peak_bytes / ours.peak_bytes:.1f}[/] of the memory")
         costs = {"length": length, "slimgrad": vars(ours), "plain": vars(plain)}
-        self.folder.write("memory.json", (json.dumps(costs, indent=2) + "\n").encode())
+        self.folder.write(COMPARED, (json.dumps(costs, indent=2) + "\n").encode())
 
 
 def _print_settings(console: Console, settings: dict[str, str]) -> None:

@@ -59,6 +59,7 @@ class Options:
     out: Path | None = None
     data_dir: Path | None = None
     tensorboard: bool = False
+    compare: bool = True
 
 
 def run_training(options: Options) -> None:
@@ -124,9 +125,10 @@ def _begin(
     }
     name = COPYING if corpus is None else corpus.name
     with RunFolder.create(options.out, name, record, _with_weights(config, weights)) as folder:
-        Session(config, corpus, task, folder, plan=plan, tensorboard=options.tensorboard, finetuning=finetuning).run(
-            settings
-        )
+        Session(
+            config, corpus, task, folder, plan=plan, tensorboard=options.tensorboard, finetuning=finetuning,
+            compare=options.compare,
+        ).run(settings)  # fmt: skip
 
 
 def _with_weights(config: TrainConfig, weights: Mapping[str, Tensor] | None) -> Performer | None:
@@ -155,7 +157,7 @@ def _as_record(plan: Plan | None, asked: str) -> dict[str, Any]:
 
 def _resume(options: Options) -> None:
     assert options.resume is not None
-    allowed = {"resume", "corpus", "data_dir", "tensorboard", *_HOW}
+    allowed = {"resume", "corpus", "data_dir", "tensorboard", "compare", *_HOW}
     given = {**options.numbers, **vars(options)}
     given.pop("numbers")
     refused = [name for name, value in given.items() if name not in allowed and value not in (None, ())]
@@ -197,7 +199,9 @@ def _resume(options: Options) -> None:
         folder.save_record()
         settings = describe(config, corpus, folder.record.get("origin", "its own shape"), plan)
         settings["resumed"] = "; ".join([f"after step {step:,} of {config.steps:,}", *under_way, *warnings])
-        Session(config, corpus, task, folder, plan=plan, tensorboard=options.tensorboard).run(settings)
+        Session(
+            config, corpus, task, folder, plan=plan, tensorboard=options.tensorboard, compare=options.compare
+        ).run(settings)  # fmt: skip
 
 
 def _as_before(record: dict[str, Any], options: Options) -> tuple[TrainConfig, Plan | None]:
@@ -235,7 +239,10 @@ def _initial(path: Path, preset: str | None) -> tuple[dict[str, Tensor], TrainCo
         config = get_preset(preset)
         require_shape(config.model, model.config, path)
     if config is None:
-        raise InputError(f"{path} is a model without a run: expected --preset beside it, for the other numbers")
+        raise InputError(
+            f"{path} is a model without a run, which has no numbers to train with. Name a run's folder, or take those "
+            f"of a preset: slimgrad train CORPUS --init {path} --preset {DEFAULT_PRESET}"
+        )
     config = dataclasses.replace(config, model=model.config, method="chunked", schedule="auto", memory=None)
     return model.state_dict(), config
 

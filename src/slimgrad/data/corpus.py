@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Generator
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from slimgrad.data.documents import Documents, FileBytes
 from slimgrad.data.fetch import fetch
+from slimgrad.data.looks import require_text
 from slimgrad.data.pydocs import pydocs
 from slimgrad.errors import InputError
 
+logger = logging.getLogger("slimgrad")
 PYDOCS, ENWIK8, PTB, TINYSHAKESPEARE = "pydocs", "enwik8", "ptb", "tinyshakespeare"
 KNOWN = (PYDOCS, ENWIK8, PTB, TINYSHAKESPEARE)
 _ENWIK8_TRAINING, _ENWIK8_VALIDATION = 90_000_000, 5_000_000  # the usual split; the last five million are for tests
@@ -78,12 +81,12 @@ def load_corpus(source: str | Path | None = None, *, data_dir: Path | None = Non
     Args:
         source: one of `KNOWN` (None: "pydocs"), or a path: a `Path`, or a string, which takes a separator where it is
             one of `KNOWN` ("./ptb"). A file is one document. Of a folder, every file below it is one, in the byte
-            order of relative paths; left out are empty ones, and those of which a part begins with a dot. Links are
-            followed, but no folder is read twice.
+            order of relative paths; left out are empty ones, those of which a part begins with a dot, and the folders
+            of runs. Links are followed, but no folder is read twice.
         data_dir: where the files of a corpus with a name lie (see `fetch`); None: fetched.
 
     Raises:
-        InputError: nothing of that name, nothing to read in it, or it cannot be read or fetched.
+        InputError: nothing of that name, nothing to read in it, a compressed file, or it cannot be read or fetched.
     """
     if source is None or source == PYDOCS:
         return Corpus(name=PYDOCS, source="pydoc_data.topics of this Python installation", text=Documents([pydocs()]))
@@ -91,20 +94,30 @@ def load_corpus(source: str | Path | None = None, *, data_dir: Path | None = Non
         return _load_known(source, data_dir)
     path = Path(source)
     with _reading(path):
+        if source == "-" and not path.exists():
+            raise InputError("-: a text is read more than once, and standard input cannot be. Write it to a file first")
         if source == "" or not path.exists():
             raise InputError(
                 f"{source or repr('')}: expected a file or folder, or one of {', '.join(KNOWN)}, copying; found "
                 "nothing of that name. Check the path"
             )
         if not path.is_dir():
-            return Corpus(name=path.stem or path.name, source=str(path), text=Documents([open_file(path)]))
-        files = _files_below(path)
+            text = Documents([open_file(path)])
+            require_text(path)
+            return Corpus(name=path.stem or path.name, source=str(path), text=text)
+        files, runs = _files_below(path)
     if not files:
         raise InputError(
             f"{path}: expected a folder with files to read, found none below it that is neither empty nor hidden. Name "
             "another folder"
         )
     text = Documents([open_file(file) for file in files])
+    with _reading(path):
+        for file in files:
+            require_text(file)
+    if runs:
+        those = f"{runs[0]} and {len(runs) - 1} more" if len(runs) > 1 else str(runs[0])
+        logger.warning("%s: what a run writes is no part of the corpus, and left out: %s", path, those)
     name = os.path.basename(os.path.abspath(path)) or "files"  # "." has a name too
     return Corpus(name=name, source=f"{len(files):,} files below {path}", text=text)
 
@@ -153,9 +166,10 @@ def _load_known(name: str, data_dir: Path | None) -> Corpus:
     return Corpus(name=name, source=source, text=parts[0], validation=parts[1] if len(parts) > 1 else None)
 
 
-def _files_below(folder: Path) -> list[Path]:
-    """Regular files with something in them, in the byte order of their relative paths."""
+def _files_below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Regular files with something in them, in the byte order of their relative paths; and the folders of runs."""
     files: list[Path] = []
+    runs: list[Path] = []
     seen: set[tuple[int, int]] = set()
     folders = [folder]
     while folders:
@@ -164,10 +178,18 @@ def _files_below(folder: Path) -> list[Path]:
         if (state.st_dev, state.st_ino) in seen:
             continue
         seen.add((state.st_dev, state.st_ino))
+        if here != folder and _is_run(here):
+            runs.append(here)
+            continue
         visible = sorted((path for path in here.iterdir() if not path.name.startswith(".")), key=os.fsencode)
         files += [path for path in visible if path.is_file() and path.stat().st_size]
         folders += [path for path in reversed(visible) if path.is_dir()]
-    return sorted(files, key=os.fsencode)
+    return sorted(files, key=os.fsencode), sorted(runs, key=os.fsencode)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether `slimgrad train` made it: what a run writes must not become part of what it reads."""
+    return all((folder / name).exists() for name in ("config.json", "snapshots"))
 
 
 @contextmanager

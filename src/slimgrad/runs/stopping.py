@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: leave the gradient, finish everything else, save, and stop.
+"""Ctrl-C, SIGTERM, a closed terminal (SIGHUP): leave the gradient, finish everything else, save, and stop.
 
 A gradient is left at once, or, where it can be saved, after the chunk at hand (see `bytelm.journalled`): parameters and
 moments are still those of the step before. A step of the optimiser, a validation or a snapshot is finished first. A
@@ -19,7 +19,7 @@ class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop.
 
     Attributes:
-        signal_number: SIGINT or SIGTERM.
+        signal_number: SIGINT, SIGTERM or SIGHUP.
     """
 
     def __init__(self, signal_number: int) -> None:
@@ -41,13 +41,16 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Generator[Stop]:
-        """Take SIGINT and SIGTERM within the block. Python hands signals to the main thread: elsewhere, nothing."""
+        """Take these signals within the block, but for SIGHUP where it is ignored already (`nohup`).
+
+        Python hands signals to the main thread: elsewhere, nothing.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
         before: dict[int, Any] = {}
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, *_closed_terminal()):
                 before[number] = signal.signal(number, self._handle)
             yield self
         finally:
@@ -74,3 +77,8 @@ class Stop:
         again, self._signal_number = self._signal_number is not None, number
         if self._interruptible or again:
             raise Interrupted(number)
+
+
+def _closed_terminal() -> list[int]:
+    number = getattr(signal, "SIGHUP", None)
+    return [] if number is None or signal.getsignal(number) == signal.SIG_IGN else [number]

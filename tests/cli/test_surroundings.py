@@ -1,0 +1,179 @@
+"""What surrounds a run: terminals and pipes that go away, encodings, names, other people's settings, its own folder."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimgrad.bytelm import Cost
+from slimgrad.cli import session
+from tests.cli.running import FOX, LENGTH, SHAPE, TINY, refuse, rows, run, snapshots, succeed
+
+PROGRAM = (sys.executable, "-c", "from slimgrad.cli import main; main()")
+TRAIN = (*map(str, TINY), "--no-compare")
+
+
+def child(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """A command in a process of its own."""
+    given = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "timeout": 300} | options
+    return subprocess.run([*PROGRAM, *map(str, arguments)], check=False, **given)
+
+
+# --- standard output ---
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_run_goes_on_without_a_screen_and_says_so_once(fox: Path, tmp_path: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = child("train", fox, *TRAIN, "--out", tmp_path / "run", stdout=full)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == b"slimgrad: standard output: No space left on device. The run goes on without it\n"
+    assert len(rows(tmp_path / "run")) == 6
+    assert (tmp_path / "run" / "sample.txt").exists()
+
+
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_what_is_only_there_to_be_read_ends_with_one_message(command: str, trained: Path, fox: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = child(command, trained, *([fox] if command == "eval" else []), stdout=writing)
+    finally:
+        os.close(writing)
+    assert done.returncode == 1
+    assert done.stderr == b"slimgrad: standard output: expected to write to it, got: Broken pipe\n"
+
+
+@pytest.mark.skipif(os.name != "posix" or sys.platform == "darwin", reason="names of any bytes")
+def test_encodings_names_and_plotting_backends_of_elsewhere(tmp_path: Path) -> None:
+    """A terminal that knows ASCII alone, a name that is no text and holds markup, a backend that is not there."""
+    text, out = tmp_path / os.fsdecode(b"\xff$x_{[red].txt"), tmp_path / "run"
+    text.write_bytes("naïve — 木 \N{SNOWMAN} ".encode() * 200)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "MPLBACKEND": "module://of_a_notebook"}
+    done = child("train", text, *TRAIN, "--out", out, stdout=subprocess.PIPE, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert b"left out" not in done.stdout
+    assert b"Sample" in done.stdout
+    assert (out / "sample.txt").exists()
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals that are closed")
+def test_a_closed_terminal_saves(fox: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ["train", str(fox), *TRAIN, "--steps", "100000", "--eval-every", "100000", "--out", str(out)]
+    process = subprocess.Popen([*PROGRAM, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        while process.poll() is None and not (out / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGHUP)
+        _, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 129, stderr
+    assert "saved after step" in stderr
+    assert snapshots(out)
+
+
+# --- what comes at the end ---
+
+
+@pytest.mark.parametrize(("function", "what"), [("picture", "the curve"), ("generate", "the sample")])
+def test_what_comes_at_the_end_stands_by_itself(
+    function: str, what: str, fox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("[red] is no colour")
+
+    monkeypatch.setattr(f"slimgrad.cli.session.{function}", fail)
+    shown = succeed("train", fox, *TINY, "--out", tmp_path / "run").stdout
+    assert f"{what}: left out, since ValueError: [red] is no colour" in shown
+    assert "everything is in" in shown
+    assert (tmp_path / "run" / ("sample.txt" if what == "the curve" else "curve.png")).exists()
+    assert (tmp_path / "run" / "memory.json").exists()
+
+
+def test_the_comparison_is_made_once_and_only_where_it_is_wanted(
+    fox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs: list[str] = []
+
+    def measure(*_: object, method: str, **__: object) -> Cost:
+        costs.append(method)
+        return Cost(peak_bytes=200 if method == "chunked" else 100, seconds=1.0)
+
+    monkeypatch.setattr("slimgrad.cli.session.measure_gradient", measure)
+    succeed("train", fox, *TINY, "--no-compare", "--out", tmp_path / "without")
+    assert not costs
+    shown = succeed("train", fox, *TINY, "--out", tmp_path / "run").stdout
+    assert costs == ["chunked", "plain"]
+    assert "the same gradient in" not in shown  # it takes more here
+    succeed("train", "--resume", tmp_path / "run")
+    assert costs == ["chunked", "plain"]
+    monkeypatch.setattr("slimgrad.cli.session.free_bytes", lambda _: 1_000_000_000)
+    shown = succeed("train", fox, *TINY, "--out", tmp_path / "short").stdout
+    assert "is not compared with plain backpropagation, which may take 2,000 MB: 1,000 MB are free" in shown
+    assert costs == ["chunked", "plain"]
+
+
+def test_a_log_has_a_line_a_minute_unwrapped(fox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "SAID_EVERY", 0.0)
+    shown = succeed("train", fox, *TINY, "--out", tmp_path / "run").stdout
+    lines = [line for line in shown.splitlines() if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step ", line)]
+    assert len(lines) == 6
+    assert re.search(r"step 6 of 6  [\d.]+ bits/byte  [\d,]+ bytes/s  [\d,]+ MB  0:00:00 left$", lines[-1])
+    (corpus,) = [line for line in shown.splitlines() if line.startswith("corpus")]
+    assert corpus.endswith("the last ones")  # a long line, in one piece
+
+
+# --- the corpus ---
+
+
+def test_a_run_is_no_part_of_its_own_corpus(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "text.txt").write_bytes(FOX)
+    out = tmp_path / "deep" / "run"
+    succeed("train", tmp_path, *TINY, "--out", out)
+    recorded = json.loads((out / "config.json").read_text())["corpus"]
+    assert recorded["bytes"] == [len(FOX)]
+    succeed("train", "--resume", out)
+    assert f"what a run writes is no part of the corpus, and left out: {out}" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["gzip", "xz"])
+def test_compressed_bytes_are_no_text(kind: str, trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes({"gzip": gzip.compress, "xz": lzma.compress}[kind](FOX * 9))
+    for arguments in (("train", path, *TINY), ("eval", trained, path)):
+        message = refuse(2, *arguments)
+        assert re.search(
+            rf"{path}: expected text, found a file that is compressed by {kind}\. First: {kind} -dk", message
+        )
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path.rename(folder / "a")
+    assert f"{folder / 'a'}: expected text" in refuse(2, "train", folder, *TINY)
+
+
+def test_bytes_that_are_not_plain_text_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "text"
+    for content, kind in ((FOX.decode().encode("utf-16"), "UTF-16 text"), (b"PK\x03\x04" + FOX, "a zip archive")):
+        path.write_bytes(content)
+        run("train", path, *SHAPE, "--length", LENGTH, "--chunk", 16, "--steps", 1, "--out", tmp_path / kind)
+        assert f"{path} looks like {kind}" in caplog.text
+
+
+def test_standard_input_cannot_be_trained_on(trained: Path) -> None:
+    assert "Write it to a file first" in refuse(2, "train", "-", *TINY)
+    assert succeed("eval", trained, "-", stdin=FOX).stdout
