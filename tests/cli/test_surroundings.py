@@ -18,7 +18,7 @@ import pytest
 
 from slimgrad.bytelm import Cost
 from slimgrad.cli import session
-from tests.cli.running import FOX, LENGTH, SHAPE, TINY, refuse, rows, run, snapshots, succeed
+from tests.cli.running import FOX, LENGTH, SHAPE, SIZE, TINY, refuse, rows, run, snapshots, succeed
 
 PROGRAM = (sys.executable, "-c", "from slimgrad.cli import main; main()")
 TRAIN = (*map(str, TINY), "--no-compare")
@@ -177,3 +177,51 @@ def test_bytes_that_are_not_plain_text_are_told(tmp_path: Path, caplog: pytest.L
 def test_standard_input_cannot_be_trained_on(trained: Path) -> None:
     assert "Write it to a file first" in refuse(2, "train", "-", *TINY)
     assert succeed("eval", trained, "-", stdin=FOX).stdout
+
+
+# --- what is asked for ---
+
+
+def test_one_number_by_two_names_is_refused(trained: Path, fox: Path) -> None:
+    assert "--steps and --set steps=...: expected one of them" in refuse(
+        2, "train", fox, *SHAPE, "--steps", 2, "--set", "steps=3"
+    )
+    message = refuse(2, "generate", trained, "--prompt", "a", "--prompt-file", fox)
+    assert "--prompt and --prompt-file: expected one of them" in message
+    assert "--tokens -1: expected zero or more" in refuse(2, "generate", trained, "--tokens", -1)
+
+
+def test_a_run_is_verified_by_its_shape(trained: Path) -> None:
+    assert re.search(r"its shape: .*exact", succeed("verify", trained, "--length", 40, "--chunk", 9).stdout)
+
+
+def test_a_file_and_a_name_that_is_too_long_are_called_so(fox: Path, tmp_path: Path) -> None:
+    assert "expected the folder of a run, found a file" in refuse(2, "train", "--resume", fox)
+    assert "File name too long" in refuse(2, "train", fox, *TINY, "--out", tmp_path / ("a" * 300))
+
+
+def test_what_no_machine_has_memory_for_is_one_message(fox: Path, tmp_path: Path) -> None:
+    wide = (*SIZE, "--set", "model.width=4000000", "--set", "model.heads=2", "--out", tmp_path / "run")
+    assert "memory ran out" in refuse(1, "train", fox, *wide)
+    few = ("--set", "model.vocabulary=100", "--out", tmp_path / "run")
+    assert "model.vocabulary=100: expected 256 at least" in refuse(2, "train", fox, *TINY, *few)
+
+
+def test_an_evaluation_that_is_interrupted_says_what_it_has(
+    trained: Path, fox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slimgrad.cli import evaluating
+
+    whole = evaluating.evaluate_stream
+
+    def interrupted(*args: Any, report: Any, **options: Any) -> Any:
+        def once(so_far: Any) -> None:
+            report(so_far)
+            raise KeyboardInterrupt
+
+        return whole(*args, report=once, **options)
+
+    monkeypatch.setattr(evaluating, "evaluate_stream", interrupted)
+    result = run("eval", trained, fox, "--chunk", 64)
+    assert result.exit_code == 130
+    assert re.search(r"^[\d.]+ bits per byte: .* as one sequence, interrupted$", result.stdout, re.MULTILINE)

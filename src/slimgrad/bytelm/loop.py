@@ -279,7 +279,8 @@ class _Trainer:
             return ""
         if self.run.snapshot is None:
             return "There is no good snapshot before it. "
-        return f"The last good snapshot is {self.run.snapshot.path}. "
+        path = self.run.snapshot.path
+        return f"The last good snapshot is {path}; a new run begins with it: slimgrad train --init {path}. "
 
 
 def autocast(config: TrainConfig, model: Performer) -> AbstractContextManager[Any]:

@@ -14,6 +14,14 @@ __all__ = ["main"]
 def main() -> None:
     """The entry point `slimgrad`."""
     try:
+        _run()
+    except KeyboardInterrupt as error:  # before a command has begun
+        print("slimgrad: interrupted", file=sys.stderr)
+        raise SystemExit(130) from error
+
+
+def _run() -> None:
+    try:
         require_extra("train", "the command line")
     except MissingExtraError as error:
         print(f"slimgrad: {error}", file=sys.stderr)

@@ -65,7 +65,9 @@ DataDir = Annotated[Path | None, typer.Option(help="Where named corpora lie, ins
 
 @contextmanager
 def one_clear_message() -> Generator[None]:
-    """Turn the library's own errors and an interrupt into a message and an exit status."""
+    """Turn the library's own errors, memory that is not there, and an interrupt into a message and an exit status."""
+    from slimgrad.sweep.allocation import is_allocation_failure
+
     try:
         yield
         flush()
@@ -74,6 +76,11 @@ def one_clear_message() -> Generator[None]:
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from error
     except BrokenPipeError as error:  # nothing else is a pipe here
         print(f"slimgrad: {output_is_gone(error)}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_allocation_failure(error):
+            raise
+        print(f"slimgrad: memory ran out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         number = getattr(error, "signal_number", 2)
@@ -272,7 +279,7 @@ def evaluate(
 @with_numbers({"device": None})
 def generate(
     run: RunArgument,
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "\n",
+    prompt: Annotated[str | None, typer.Option(help="The text to go on from.", show_default="a new line")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file to go on from, in place of --prompt.")] = None,
     tokens: Annotated[int, typer.Option(help="Bytes to generate.")] = 400,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte; 1 draws as the model says.")] = 0.7,
@@ -293,7 +300,10 @@ def generate(
 @app.command()
 def verify(
     model: Annotated[
-        str, typer.Argument(help="A preset, untrained; or a Hugging Face model: its folder, or a name to fetch.")
+        str,
+        typer.Argument(
+            help="A preset, or the shape of a run, untrained; or a Hugging Face model: its folder, or a name to fetch."
+        ),
     ],
     length: Annotated[
         int | None, typer.Option(help="Of a preset: tokens that plain backpropagation must hold.", show_default="200")
@@ -303,7 +313,7 @@ def verify(
         str | None, typer.Option(help="Of a preset: float64, float32 or bfloat16.", show_default="float64")
     ] = None,
 ) -> None:
-    """Compare chunked gradients with plain backpropagation: of a preset, or of a Hugging Face model's class."""
+    """Compare chunked gradients with plain backpropagation: of a preset, a run's shape, or a Hugging Face model."""
     with one_clear_message():
         from slimgrad.cli.checking import run_verification
 

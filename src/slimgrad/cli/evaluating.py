@@ -49,18 +49,28 @@ def run_evaluation(run: Path, source: str, *, chunk: int | None, memory: str | N
     with _naming(source), shown as progress:
         task = progress.add_task("starting", total=total)
 
-        def report(so_far: Evaluated) -> None:
-            both = found + so_far
+        so_far = Evaluated()
+
+        def report(of_this: Evaluated) -> None:
+            nonlocal so_far
+            so_far, both = of_this, found + of_this
             if both.predicted:
                 speed = both.num_bytes / (time.perf_counter() - began)
                 words = f"{both.bits_per_byte:.4f} bits/byte  {speed:,.0f} bytes/s"
                 progress.update(task, completed=both.num_bytes, description=words)
 
-        count = 0
-        for pieces in sequences:
-            found, count = found + evaluate_stream(model, pieces, chunk=chunk, report=report), count + 1
+        count, ended = 0, True
+        try:
+            for pieces in sequences:
+                so_far = Evaluated()
+                found, count = found + evaluate_stream(model, pieces, chunk=chunk, report=report), count + 1
+        except KeyboardInterrupt:
+            found, count, ended = found + so_far, count + 1, False
+            if not found.predicted:
+                raise
     seconds = time.perf_counter() - began
     as_what = "as one sequence" if count == 1 else f"in {count} sequences, each from nothing"
+    as_what += "" if ended else ", interrupted"
     print(f"{found.bits_per_byte:.4f} bits per byte: {source}, {found.num_bytes:,} bytes {as_what}")
     print(
         f"{found.predicted:,} bytes predicted in {seconds:,.0f} s ({found.num_bytes / seconds:,.0f} bytes/s), "
@@ -68,6 +78,8 @@ def run_evaluation(run: Path, source: str, *, chunk: int | None, memory: str | N
     )
     if memory is not None:
         print(peak_in_words(memory, plan))
+    if not ended:
+        raise KeyboardInterrupt
 
 
 def _bytes_of(source: str) -> int | None:

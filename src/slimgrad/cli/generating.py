@@ -16,7 +16,7 @@ from slimgrad.errors import InputError
 def run_generation(
     run: Path,
     *,
-    prompt: str,
+    prompt: str | None,
     prompt_file: Path | None,
     tokens: int,
     temperature: float,
@@ -25,7 +25,12 @@ def run_generation(
     device: str,
 ) -> None:
     """Write the prompt and what follows it: bytes as they are into a file or pipe, printable text on a terminal."""
-    start = _read(prompt_file) if prompt_file is not None else prompt.encode(errors="surrogateescape")
+    if prompt is not None and prompt_file is not None:
+        raise InputError("--prompt and --prompt-file: expected one of them")
+    if tokens < 0:
+        raise InputError(f"--tokens {tokens}: expected zero or more")
+    text = "\n" if prompt is None else prompt
+    start = _read(prompt_file) if prompt_file is not None else text.encode(errors="surrogateescape")
     model, _ = open_model(run)
     model.to(pick_device(device))
     drawn = stream(model, start, tokens, temperature=temperature, top_p=top_p, seed=seed)

@@ -42,6 +42,7 @@ from slimgrad.sweep.schedules.names import require_folder
 COPYING = "copying"
 ALL = "all"  # of --length: the whole training text as one sequence
 DEFAULT_PRESET = "modern"
+_BYTES = 256
 FINETUNE_STEPS, FINETUNE_RATE = 20, 0.1
 _HOW = ("method", "chunk", "memory", "schedule", "device")  # decide how a gradient is computed, not which gradient
 
@@ -141,7 +142,10 @@ def _with_weights(config: TrainConfig, weights: Mapping[str, Tensor] | None) -> 
 
 
 def _require_one_dial(options: Options) -> None:
-    """Refuse a chunk and a budget, which would choose another one."""
+    """Refuse a chunk and a budget, which would choose another one; and one number by two names."""
+    twice = sorted({*options.numbers} & {setting.partition("=")[0] for setting in options.settings})
+    if twice:
+        raise InputError(f"{_flag(twice[0])} and --set {twice[0]}=...: expected one of them")
     named = {*options.numbers, *(setting.partition("=")[0] for setting in options.settings)}
     if {"chunk", "memory"} <= named:
         raise InputError(
@@ -258,6 +262,10 @@ def _load(source: str | None, config: TrainConfig, data_dir: Path | None) -> Cor
 def _fit(config: TrainConfig, corpus: Corpus | None, options: Options) -> TrainConfig:
     """Numbers that follow from the corpus: bytes for validation, the longest of whole documents, or all there are."""
     takes_all = options.numbers.get("length") == ALL
+    if corpus is not None and config.model.vocabulary < _BYTES:
+        raise InputError(
+            f"--set model.vocabulary={config.model.vocabulary}: expected {_BYTES} at least, a text is bytes"
+        )
     if corpus is None:
         if takes_all:
             raise InputError(f"--length {ALL}: expected a text, the copying task has none. Name a number of symbols")

@@ -177,7 +177,7 @@ def read_record(folder: Path, check: Callable[[dict[str, Any]], object]) -> dict
     """
     path = folder / CONFIG
     if not path.is_file():
-        found = "a folder without config.json" if folder.is_dir() else "no such folder"
+        found = "a folder without config.json" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
         raise InputError(f"{folder}: expected the folder of a run, found {found}. Check the path")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -216,8 +216,11 @@ def require_new(path: Path) -> None:
     Raises:
         InputError: it is a file, or a folder that holds something.
     """
-    if not path.exists():
-        return
+    try:
+        if not path.exists():
+            return
+    except OSError as error:
+        raise InputError(f"--out {path}: the folder cannot be made: {error.strerror}. Name another") from error
     if (path / CONFIG).exists():
         raise InputError(
             f"--out {path}: expected a new or empty folder, found a run. Go on with it: slimgrad train --resume "
