@@ -128,10 +128,11 @@ class SavedRows:
 
     def _mapped(self, name: str, shape: list[int], dtype: torch.dtype, length: int, steady: bool) -> Rows:
         batch, _, *row = shape
+        files = {part.file: _bytes(self.folder / part.file) for part in self._parts[name]}
         pieces: list[Tensor] = []
         for part in self._parts[name]:
             own = torch.Size([batch, part.stop - part.start, *row])
-            data = _file(self.folder / part.file)[part.offset : part.offset + own.numel() * dtype.itemsize]
+            data = files[part.file][part.offset : part.offset + own.numel() * dtype.itemsize]
             pieces.append(data.view(dtype).view(own))
 
         def all_pieces(first: int) -> Iterator[Tensor]:
@@ -155,7 +156,7 @@ def taken_out(document: Any, found: dict[str, Rows], name: str = "") -> Any:
     return document
 
 
-def _file(path: Path) -> Tensor:
-    """Its bytes, mapped."""
+def _bytes(path: Path) -> Tensor:
+    """A file's, mapped."""
     with path.open("rb") as file:
         return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)

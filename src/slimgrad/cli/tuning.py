@@ -25,7 +25,7 @@ require_extra("hf", "a Hugging Face model")
 import datasets  # noqa: E402  # after what they read when they are imported
 import transformers  # noqa: E402
 
-from slimgrad.budget.available import let_plans_set_malloc  # noqa: E402
+from slimgrad.budget.available import set_malloc  # noqa: E402
 from slimgrad.hf.certifying import certify  # noqa: E402
 from slimgrad.hf.tuning import Settings, Tuned, finetune, resume  # noqa: E402
 from slimgrad.hf.tuning.loading import Source  # noqa: E402
@@ -38,7 +38,7 @@ def run_tuning(
 ) -> None:
     """Fine-tune, or go on with it."""
     if "memory" in given:
-        let_plans_set_malloc()
+        set_malloc("returned")  # and no more: each batch has a plan of its own, and a heap that has kept much keeps it
     _quiet()
     console = Console(highlight=False)
 
