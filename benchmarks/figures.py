@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from benchmarks.figures_budget import budget_blocks, draw_budget, draw_whole_text
 from benchmarks.shown import IMAGES, LABELS, ROOT, load, origin
 from slimgrad.paper import report
 from slimgrad.paper.catalogue import labelled
@@ -305,7 +306,7 @@ def huggingface_blocks() -> dict[str, str]:
     return found
 
 
-PAGES = {"README.md": blocks, "docs/huggingface.md": huggingface_blocks}
+PAGES = {"README.md": blocks, "docs/huggingface.md": huggingface_blocks, "docs/budget.md": budget_blocks}
 
 
 def filled(page: str) -> str:
@@ -358,6 +359,8 @@ def draw() -> None:
 
     IMAGES.mkdir(parents=True, exist_ok=True)
     draw_training(plt)
+    draw_budget(plt)
+    draw_whole_text(plt)
     rows = load("memory")["rows"]
     figure, axes = plt.subplots(figsize=(7.2, 3.8), dpi=150)
     for method, (label, colour, marker) in LABELS.items():

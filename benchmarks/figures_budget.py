@@ -17,7 +17,7 @@ def budget_table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
-        if row["method"] != "ours" or "failed" in row:
+        if "failed" in row or row["method"] != "ours":
             continue
         plan = row["plan"]
         malloc = f"command: {plan['malloc']}" if row["malloc"] == "command" else row["malloc"]
@@ -53,7 +53,7 @@ def whole_text_table(results: dict[str, Any]) -> str:
             times = ", ".join(f"{kill['after_seconds']:.0f}" for kill in row["kills"])
             words = (
                 f"killed after {times} s and resumed, of {row['seconds']:.0f} s undisturbed: "
-                + ("the same bits" if row["same_bits"] else "OTHER BITS")
+                + ("the same bits" if row["same_bits"] else "other bits")
             )  # fmt: skip
         lines.append(f"| {row['what']} | {row['bytes']:,} | {words} |")
     return "\n".join(lines)
@@ -90,6 +90,10 @@ def draw_budget(plt: Any) -> None:
         axes.set_title(f"{name}, {length:,} tokens", loc="left", fontsize=11)
         axes.set(xscale="log", xlabel="peak memory of one gradient (MB)")
         axes.set_ylim(bottom=0)
+        least, most = axes.get_xlim()
+        ticks = [tick for tick in (50, 100, 200, 500, 1000, 2000) if least <= tick <= most]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.set_xticks([], minor=True)
         _plain(axes)
     panels[0][0].set_ylabel("seconds")
     panels[0][-1].legend(frameon=False, fontsize=7)
@@ -99,7 +103,9 @@ def draw_budget(plt: Any) -> None:
 
 def draw_whole_text(plt: Any) -> None:
     """Memory over time, and the adjoint's norm over the position, of one gradient over a whole text."""
-    row = next(row for row in load("whole_text")["rows"] if row["what"] == "run")
+    row = next((row for row in load("whole_text")["rows"] if row["what"] == "run"), None)
+    if row is None:
+        return
     trace = row["trace"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), dpi=150)
     minutes = [point["seconds"] / 60 for point in trace]

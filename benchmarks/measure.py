@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,9 +103,11 @@ def run_child(case: Case, malloc: str) -> dict[str, float]:
     return call_in_child("benchmarks.measure:measure_child", {"case": asdict(case)}, environment=MALLOC[malloc])
 
 
-def save(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write rows with their origin, the command as it was given, to `results/<name>.json`."""
-    command = " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]])
+def save(name: str, rows: list[dict[str, Any]], arguments: Sequence[str] | None = None) -> Path:
+    """Write rows with their origin to `results/<name>.json`: the command as it was given, or with other arguments in
+    the place of paths of one machine.
+    """
+    command = " ".join(["python -m", f"benchmarks.{name}", *(sys.argv[1:] if arguments is None else arguments)])
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"command": command, "machine": describe_machine(), "rows": rows}, indent=1) + "\n")
