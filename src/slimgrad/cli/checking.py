@@ -39,7 +39,8 @@ def run_verification(model: str, *, length: int | None, chunk: int | None, dtype
 
 def _compare(name: str, config: PerformerConfig, length: int | None, chunk: int | None, dtype: str | None) -> bool:
     """An untrained model of that shape on random tokens: weights are not what decides whether gradients are exact."""
-    length, chunk, dtype = length or LENGTH, chunk or CHUNK, dtype or "float64"
+    length, chunk = LENGTH if length is None else length, CHUNK if chunk is None else chunk
+    dtype = dtype or "float64"
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     for option, value, least in (("--length", length, 2), ("--chunk", chunk, 1)):
