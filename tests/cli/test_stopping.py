@@ -76,7 +76,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_snapshot
     last = snapshots(out)[-1]
     assert read_snapshot(last).path == last
     assert "step " in message
-    assert f"The last good snapshot is {last}; a new run begins with it: slimgrad train --init {last}. " in message
+    assert (
+        f"The last good snapshot is {last}. Lower the learning rate, in a new run: slimgrad train --init {last} "
+        in message
+    )
     assert "learning rate" in message
     again = refuse(1, "train", "--resume", out)
     assert "step " in again

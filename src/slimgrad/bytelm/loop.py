@@ -186,7 +186,9 @@ class _Trainer:
         except NonFiniteError as error:
             if self.run is not None and self._saved_step == self.step:  # then these parameters are what was saved
                 self.run.distrust()
-            raise NonFiniteError(f"step {number}: {error}. {self._last_good()}Lower the learning rate") from error
+            saved = None if self.run is None else self.run.snapshot
+            how = "" if saved is None else f", in a new run: slimgrad train --init {saved.path} --learning-rate ..."
+            raise NonFiniteError(f"step {number}: {error}. {self._last_good()}Lower the learning rate{how}") from error
 
     def _step_and_validate(self, batches: list[Batch]) -> Row:
         config, model, began = self.config, self.model, time.perf_counter()
@@ -279,8 +281,7 @@ class _Trainer:
             return ""
         if self.run.snapshot is None:
             return "There is no good snapshot before it. "
-        path = self.run.snapshot.path
-        return f"The last good snapshot is {path}; a new run begins with it: slimgrad train --init {path}. "
+        return f"The last good snapshot is {self.run.snapshot.path}. "
 
 
 def autocast(config: TrainConfig, model: Performer) -> AbstractContextManager[Any]:
