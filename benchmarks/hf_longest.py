@@ -65,15 +65,14 @@ def measure(shape: str, method: str, vocabulary: int, memory: int) -> dict[str, 
     return {"longest": low, "chunk": way.chunk, "held_bytes": held, "account": account, "gradient_bytes": gradients}
 
 
-def by_a_line(rows: list[dict[str, Any]], shape: str, method: str, memory: int) -> int | None:
-    """Where the straight line through the measured peaks of a method meets the budget."""
+def by_a_line(rows: list[dict[str, Any]], shape: str, method: str, memory: int, held: int) -> int | None:
+    """Where the straight line through the measured peaks of a method meets the budget. `held`: weights included."""
     own = [r for r in rows if (r["shape"], r["method"], r["vocabulary"]) == (shape, method, 0) and "failed" not in r]
     points = sorted((r["length"], r["peak_bytes_above"], r["gradient_bytes"]) for r in own)
     if len(points) < 2:
         return None
     (x1, y1, g), (x2, y2, _) = points[0], points[-1]
-    base = 300_000_000 + 2 * g  # Python, torch and transformers; weights and gradients
-    return int(x1 + (memory - base - y1) * (x2 - x1) / (y2 - y1))
+    return int(x1 + (memory - held - g - y1) * (x2 - x1) / (y2 - y1))
 
 
 def main() -> None:
@@ -95,9 +94,10 @@ def main() -> None:
                     rows.append(task | {"failed": str(error)[:300]})
                 print(rows[-1], flush=True)
                 save("hf_longest", rows)
+        held = max((row.get("held_bytes", 0) for row in rows if row["shape"] == shape), default=0)
         for method in OTHERS:
             rows = [row for row in rows if (row["shape"], row["method"]) != (shape, method)]
-            found = by_a_line(measured, shape, method, memory)
+            found = by_a_line(measured, shape, method, memory, held) if held else None
             rows.append({"shape": shape, "method": method, "vocabulary": 0, "memory": memory, "longest": found})
             save("hf_longest", rows)
 

@@ -43,8 +43,8 @@ DEFAULT_MALLOC = Slack("default", threshold=1 << 62, small=1.3, share=0.0, fixed
 RETURNED = Slack("returned", threshold=THRESHOLD, small=1.3, share=0.04, fixed=16 << 20)
 KEPT = Slack("kept", threshold=1 << 62, small=1.3, share=0.0, fixed=16 << 20, keeps=True)
 CUDA = Slack("", threshold=0, small=0.0, share=0.15, fixed=32 << 20)
-_SETTINGS = {"returned": (THRESHOLD, 1 << 17), "kept": (1 << 30, 1 << 30)}  # from which size on blocks are mapped; and
-# how much the heap may end in that is free
+# From which size on blocks are mapped, and how much of what is free the heap may end in.
+_SETTINGS = {"returned": (THRESHOLD, 1 << 17), "kept": (1 << 30, 1 << 30)}
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -77,7 +77,7 @@ def lengths_of(inputs: Any) -> tuple[int, ...]:
 
 
 def use_of(request: Request) -> Any:
-    """All that the costs of a chunk depend on, but for lengths and threads."""
+    """All that the costs of a chunk depend on, but for lengths."""
     options, model = request.options, request.model
     modes = tuple(module.training for module in model.modules())
     parameters = tuple((p.requires_grad, p.dtype, p.device) for p in model.parameters())

@@ -62,8 +62,8 @@ def run_evaluation(run: Path, source: str, *, chunk: int | None, memory: str | N
         count, ended = 0, True
         try:
             for pieces in sequences:
-                so_far = Evaluated()
-                found, count = found + evaluate_stream(model, pieces, chunk=chunk, report=report), count + 1
+                whole = evaluate_stream(model, pieces, chunk=chunk, report=report)
+                found, count, so_far = found + whole, count + 1, Evaluated()
         except KeyboardInterrupt:
             found, count, ended = found + so_far, count + 1, False
             if not found.predicted:

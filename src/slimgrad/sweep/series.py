@@ -174,7 +174,6 @@ class FileSeries(Series):
         self._row = torch.Size(row)
         self._length = max(1, min(_BLOCK_BYTES // row_bytes, 1 << 20))  # of a block
         self._block_bytes = self._length * self._batch * self._row.numel() * dtype.itemsize
-        self._regions: list[tuple[int, int]] = []  # where blocks lie beside each other, and how many
         self._starts: list[int] = []
         self._checksums: list[int | None] = []
         self.grow(capacity, 0)
@@ -195,7 +194,6 @@ class FileSeries(Series):
         count = -(-capacity // self._length) - len(self._starts)
         if count > 0:
             start = self._file.reserve(count * self._block_bytes)
-            self._regions.append((start, count))
             self._starts += [start + k * self._block_bytes for k in range(count)]
             self._checksums += [None] * count
 
