@@ -140,8 +140,10 @@ def test_a_plan_is_made_of_integers() -> None:
     ]
 
 
-def test_a_long_plan_is_not_deep() -> None:
-    assert perform(Binomial(3), 1500).advances == Binomial(3).num_advances(1500)
+@pytest.mark.parametrize("slots", [3, 2000])
+def test_neither_chunks_nor_slots_make_a_plan_deep(slots: int) -> None:
+    """Budgets of models with little state buy thousands of slots."""
+    assert perform(Binomial(slots), 2500).advances == Binomial(slots).num_advances(2500)
 
 
 def test_schedules_are_values() -> None:

@@ -27,34 +27,34 @@ class Binomial(Schedule):
             raise InputError(f"Binomial(slots={self.slots}): expected slots >= 1 (the state before the first chunk)")
 
     def actions(self, num_chunks: int) -> Iterator[Action]:
-        """Keep the first state, then divide what follows."""
+        """Keep the first state, then divide what follows: the right part first, the left parts wait for their turn."""
         yield Action(Kind.STORE, 0, 0)
-        yield from self._reverse(0, num_chunks, 0)
-        yield Action(Kind.FREE, 0, 0)
-
-    def _reverse(self, start: int, stop: int, slot: int) -> Iterator[Action]:
-        """Reverse chunks [start, stop), the live state being the one before `start`, which `slot` keeps.
-
-        The right part recurses (at most `slots` deep), the left part loops.
-        """
-        free = self.slots - 1 - slot
-        while stop - start > 1 and free > 0:
-            middle = start + _split(stop - start, free + 1)
-            for chunk in range(start, middle):
-                yield Action(Kind.ADVANCE, chunk)
-            if stop - middle > 1:  # a single chunk is reversed from the live state, and needs no slot
-                yield Action(Kind.STORE, middle, slot + 1)
-            yield from self._reverse(middle, stop, slot + 1)
-            if stop - middle > 1:
-                yield Action(Kind.FREE, middle, slot + 1)
+        start, stop, slot = 0, num_chunks, 0  # the live state is the one before `start`, which `slot` keeps
+        waiting: list[tuple[int, int, int]] = []  # of each division: the left part's start, the right one's, its end
+        while True:
+            while stop - start > 1 and slot < self.slots - 1:
+                middle = start + _split(stop - start, self.slots - slot)
+                for chunk in range(start, middle):
+                    yield Action(Kind.ADVANCE, chunk)
+                slot += 1
+                if stop - middle > 1:  # a single chunk is reversed from the live state, and needs no slot
+                    yield Action(Kind.STORE, middle, slot)
+                waiting.append((start, middle, stop))
+                start = middle
+            for last in range(stop - 1, start - 1, -1):
+                if last < stop - 1:
+                    yield Action(Kind.LOAD, start, slot)
+                for chunk in range(start, last):
+                    yield Action(Kind.ADVANCE, chunk)
+                yield Action(Kind.REVERSE, last)
+            if not waiting:
+                break
+            start, stop, end = waiting.pop()
+            slot = len(waiting)
+            if end - stop > 1:
+                yield Action(Kind.FREE, stop, slot + 1)
             yield Action(Kind.LOAD, start, slot)
-            stop = middle
-        for last in range(stop - 1, start - 1, -1):
-            if last < stop - 1:
-                yield Action(Kind.LOAD, start, slot)
-            for chunk in range(start, last):
-                yield Action(Kind.ADVANCE, chunk)
-            yield Action(Kind.REVERSE, last)
+        yield Action(Kind.FREE, 0, 0)
 
     def num_slots(self, num_chunks: int) -> int:
         """`slots`, or fewer where the sequence has fewer chunks."""
