@@ -52,7 +52,8 @@ def whole_text_table(results: dict[str, Any]) -> str:
         else:
             times = ", ".join(f"{kill['after_seconds']:.0f}" for kill in row["kills"])
             words = (
-                f"killed after {times} s and resumed, of {row['seconds']:.0f} s undisturbed: "
+                f"killed after {times} s of three sessions (saved: "
+                f"{', '.join('yes' if kill['saved'] else 'no' for kill in row['kills'])}) and resumed: "
                 + ("the same bits" if row["same_bits"] else "other bits")
             )  # fmt: skip
         lines.append(f"| {row['what']} | {row['bytes']:,} | {words} |")

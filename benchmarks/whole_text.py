@@ -155,7 +155,10 @@ def check(text: Path, folder: Path, memory: str) -> dict[str, Any]:
 
 
 def kills(text: Path, folder: Path, memory: str) -> dict[str, Any]:
-    """The command killed at random moments, resumed each time, against itself undisturbed."""
+    """The command killed at three random moments, resumed each time, against itself undisturbed.
+
+    Once at any moment of its beginning, then some seconds after a save: what was done since is lost each time.
+    """
     generator = random.Random()
     undisturbed, killed = folder / "undisturbed", folder / "killed"
     began = time.perf_counter()
@@ -163,17 +166,18 @@ def kills(text: Path, folder: Path, memory: str) -> dict[str, Any]:
     whole = time.perf_counter() - began
     moments: list[dict[str, Any]] = []
     arguments = command(text, killed, memory, read_record(undisturbed)["plan"]["chunk"])
-    while len(moments) < 3:
-        process = subprocess.Popen(arguments)
-        after = generator.uniform(0.15, 0.4) * whole
+    record = killed / "gradient" / "step-00000001" / "segment.json"
+    for after_a_save in (False, True, True):
+        process, started = subprocess.Popen(arguments), time.time()
+        while after_a_save and process.poll() is None and not (record.exists() and record.stat().st_mtime > started):
+            time.sleep(0.05)
         try:
-            process.wait(after)
+            process.wait(generator.uniform(3.0, 9.0) if after_a_save else generator.uniform(0.05, 0.25) * whole)
             break  # it ended before it could be killed
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        saved = sorted(path.name for path in (killed / "gradient").glob("*"))
-        moments.append({"after_seconds": after, "saved": saved})
+        moments.append({"after_seconds": time.time() - started, "saved": record.exists()})
         arguments = [SLIMGRAD, "train", "--resume", str(killed)]
     if moments:
         subprocess.run(arguments, check=True)
