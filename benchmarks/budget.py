@@ -169,11 +169,13 @@ def tasks(names: list[str]) -> list[tuple[str, dict[str, Any]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--again", action="append", default=[], metavar="MODEL", help="measure this model anew")
     torch.set_num_threads(1)  # as in the children; the results name it
-    names = ["II", "gated"] if parser.parse_args().quick else [*LENGTHS, *OTHERS]
+    options = parser.parse_args()
+    names = ["II", "gated"] if options.quick else [*LENGTHS, *OTHERS]
     path: Path = RESULTS / "budget.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [row for row in rows if "failed" not in row]  # these are tried again
+    rows = [row for row in rows if "failed" not in row and row["model"] not in options.again]  # these are tried again
     for function, task in tasks(names):
         if any(all(row.get(name) == value for name, value in task.items()) for row in rows):
             continue
