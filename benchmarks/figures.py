@@ -1,6 +1,6 @@
-"""From committed results to what the README shows: the pictures, and the tables between its markers.
+"""From committed results to what README and guides show: the pictures, and the tables between markers.
 
-python -m benchmarks.figures           # rewrites docs/images/*.png and the README's tables
+python -m benchmarks.figures           # rewrites docs/images/*.png and the tables of `PAGES`
 """
 
 from __future__ import annotations
@@ -8,7 +8,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from benchmarks.figures_budget import budget_blocks, draw_budget, draw_whole_text
+from benchmarks.figures_budget import (
+    budget_blocks,
+    costs_table,
+    draw_budget,
+    draw_whole_text,
+    whole_text_sentence,
+)
+from benchmarks.figures_published import published_blocks
 from benchmarks.shown import IMAGES, LABELS, ROOT, load, origin
 from slimgrad.paper import report
 from slimgrad.paper.catalogue import labelled
@@ -26,13 +33,17 @@ def memory_table(results: dict[str, Any]) -> str:
         cells = [f"{length:,}"]
         for method in LABELS:
             row = next((r for r in rows if r["method"] == method and r["length"] == length), None)
-            cells.append(
-                "–" if row is None else f"{row['resident_bytes_default'] / 1e6:.0f} ({row['live_bytes'] / 1e6:.1f})"
-            )
+            if row is None:
+                cells.append("not run")
+            else:
+                cells.append(f"{row['resident_bytes_default'] / 1e6:.0f} ({row['live_bytes'] / 1e6:.1f})")
         lines.append("| " + " | ".join(cells) + " |")
     ours = sorted((r for r in rows if r["method"] == "rebuild"), key=lambda r: r["length"])
     first, last = ours[0], ours[-1]
     lines += [
+        "",
+        "Not run: plain backpropagation and checkpointing, whose memory is proportional to the length, over more "
+        "tokens than that.",
         "",
         "What grows with `Rebuild()` is what the allocator leaves between its blocks. With blocks mapped one by one "
         f"(`MALLOC_MMAP_THRESHOLD_=65536`) it takes {first['resident_bytes_mapped'] / 1e6:.1f} MB at "
@@ -280,8 +291,14 @@ def at_largest(found: dict[str, Any]) -> int:
     return found["steps"][found["bits"].index(max(found["bits"]))]
 
 
-def blocks() -> dict[str, str]:
-    """What stands between each pair of markers in the README."""
+def readme_blocks() -> dict[str, str]:
+    """What is between each pair of markers in the README."""
+    budget, whole_text = load("budget"), load("whole_text")
+    return {"costs": f"{costs_table(budget)}\n\nMeasured by {origin(budget)}{whole_text_sentence(whole_text)}"}
+
+
+def results_blocks() -> dict[str, str]:
+    """What is between each pair of markers in the page of results."""
     found: dict[str, str] = {}
     for name, table in TABLES.items():
         results = load(name)
@@ -306,7 +323,13 @@ def huggingface_blocks() -> dict[str, str]:
     return found
 
 
-PAGES = {"README.md": blocks, "docs/huggingface.md": huggingface_blocks, "docs/budget.md": budget_blocks}
+PAGES = {
+    "README.md": readme_blocks,
+    "docs/results.md": results_blocks,
+    "docs/huggingface.md": huggingface_blocks,
+    "docs/budget.md": budget_blocks,
+    "docs/reproduce.md": published_blocks,
+}
 
 
 def filled(page: str) -> str:

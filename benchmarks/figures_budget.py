@@ -31,9 +31,41 @@ def budget_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def costs_table(results: dict[str, Any]) -> str:
+    """Memory and time of one gradient of the paper's configurations, each way, by default malloc."""
+    rows = [row for row in results["rows"] if "failed" not in row and row["malloc"] == "default"]
+    ways = [("plain", None), ("checkpoint", None), ("ours", 2), ("ours", 8)]
+    lines = [
+        "| configuration | plain backpropagation | per-layer checkpointing | slimgrad, twice the least | eight times |",
+        "|---|---|---|---|---|",
+    ]
+    for name in ("I", "II", "III", "IV"):
+        own = [row for row in rows if row["model"] == name]
+        length = min(row["length"] for row in own)
+        cells: list[str] = []
+        for method, times in ways:
+            (row,) = (r for r in own if (r["method"], r.get("times"), r["length"]) == (method, times, length))
+            cells.append(f"{(row['peak_bytes'] - row['before_bytes']) / 1e6:,.0f} MB, {row['seconds']:.1f} s")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def whole_text_sentence(results: dict[str, Any]) -> str:
+    """The gradient over the whole text, where it was measured."""
+    row = next((row for row in results["rows"] if row["what"] == "run"), None)
+    if row is None:
+        return ""
+    resident = max(point["resident_bytes"] for point in row["trace"])
+    return (
+        f"\n\nAnd one exact gradient over a text of {row['bytes']:,} bytes as *one* sequence (two layers, width 128): "
+        f"{row['step_seconds'] / 60:,.0f} minutes on {row['threads']} CPU threads, "
+        f"{resident / 1e6:,.0f} MB resident, within the {row['memory']} that were stated."
+    )
+
+
 def whole_text_table(results: dict[str, Any]) -> str:
     """One gradient over a whole text, the same over less checked against an oracle, and killed on its way."""
-    lines = ["| what | bytes | |", "|---|---|---|"]
+    lines = ["| what | bytes | threads | |", "|---|---|---|---|"]
     for row in sorted(results["rows"], key=lambda row: (row["what"] != "run", row["what"], row["bytes"])):
         if row["what"] == "run":
             plan, resident = row["plan"], max(point["resident_bytes"] for point in row["trace"])
@@ -56,7 +88,7 @@ def whole_text_table(results: dict[str, Any]) -> str:
                 f"{', '.join('yes' if kill['saved'] else 'no' for kill in row['kills'])}) and resumed: "
                 + ("the same bits" if row["same_bits"] else "other bits")
             )  # fmt: skip
-        lines.append(f"| {row['what']} | {row['bytes']:,} | {words} |")
+        lines.append(f"| {row['what']} | {row['bytes']:,} | {row.get('threads', '')} | {words} |")
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@
 
 TEXT is a file or a folder; `--bytes` takes its beginning alone (of `check` and `kills`: 2,000,000). The command is
 
-    slimgrad train TEXT --preset II --length all --steps 1 --memory 1GiB --set model.layers=2 --set model.width=128 ...
+    slimgrad train TEXT --preset II --length all --steps 1 --memory 1GiB --validation end --set model.layers=2 ...
 
 Its gradient is read off the optimiser's first moment, which after one step is a tenth of it (clipped). Beside the
 error is that of the same chunks in plain float32: Algorithm 1 again, in float32; and that of plain backpropagation in
@@ -43,7 +43,7 @@ from slimgrad.states.base import State
 from slimgrad.sweep import algorithm1, tree
 from slimgrad.sweep.random import derive_seed, seeded
 
-PRESET, SHAPE = "II", {"layers": 2, "width": 128, "heads": 2}
+PRESET, SHAPE = "II", {"layers": 2, "width": 128, "heads": 4}
 SLIMGRAD = str(Path(sys.executable).parent / "slimgrad")
 BYTES, PLAIN_BYTES, MEMORY = 2_000_000, 250_000, "1GiB"
 
@@ -52,8 +52,8 @@ def command(text: Path, out: Path, memory: str, chunk: int | None = None) -> lis
     """The run, from its beginning; with the chunk of another run's plan, which is timed anew each time."""
     shape = [f"--set=model.{name}={value}" for name, value in SHAPE.items()]
     dial = ["--memory", memory] if chunk is None else ["--chunk", str(chunk), "--no-compare"]
-    how = ["--preset", PRESET, "--length", "all", "--steps", "1", *dial, "--out", str(out)]
-    return [SLIMGRAD, "train", str(text), *how, *shape]
+    how = ["--preset", PRESET, "--length", "all", "--steps", "1", "--validation", "end", *dial]
+    return [SLIMGRAD, "train", str(text), "--out", str(out), *how, *shape]
 
 
 def beginning(text: Path, num_bytes: int | None, folder: Path) -> Path:
@@ -148,7 +148,8 @@ def check(text: Path, folder: Path, memory: str) -> dict[str, Any]:
     if row.num_bytes <= PLAIN_BYTES:
         beside["error_plain"] = distance(plain(config, text), truth)
     return beside | {
-        "what": "check", "bytes": row.num_bytes, "command_seconds": seconds, "step_seconds": row.seconds,
+        "what": "check", "bytes": row.num_bytes, "threads": record["sessions"][-1]["threads"],
+        "command_seconds": seconds, "step_seconds": row.seconds,
         "loss": row.bits * math.log(2), "loss_float64": loss, "loss_float32": single_loss,
         "error": distance(ours, truth), "error_float32": distance(single, truth),
     }  # fmt: skip
@@ -187,7 +188,8 @@ def kills(text: Path, folder: Path, memory: str) -> dict[str, Any]:
     )
     losses = [read_rows(run)[0].bits for run in (undisturbed, killed)]
     return {
-        "what": "kills", "bytes": read_rows(killed)[0].num_bytes, "seconds": whole, "kills": moments,
+        "what": "kills", "bytes": read_rows(killed)[0].num_bytes,
+        "threads": read_record(killed)["sessions"][-1]["threads"], "seconds": whole, "kills": moments,
         "same_bits": same and losses[0] == losses[1],
     }  # fmt: skip
 
@@ -201,8 +203,9 @@ def whole_run(text: Path, folder: Path, memory: str) -> dict[str, Any]:
     record, (row,) = read_record(run), read_rows(run)
     trace = [json.loads(line) for path in (run / "traces").glob("*.jsonl") for line in path.read_text().splitlines()]
     return {
-        "what": "run", "bytes": row.num_bytes, "step_seconds": row.seconds, "bytes_per_second": row.bytes_per_second,
-        "sessions": len(record.get("sessions", [])) + 1, "memory": memory,
+        "what": "run", "bytes": row.num_bytes, "threads": record["sessions"][-1]["threads"],
+        "step_seconds": row.seconds, "bytes_per_second": row.bytes_per_second,
+        "sessions": len(record["sessions"]), "memory": memory,
         "plan": record["plan"], "bits": row.bits, "gradient_norm": row.gradient_norm, "trace": trace,
     }  # fmt: skip
 

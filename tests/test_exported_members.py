@@ -37,6 +37,7 @@ PUBLIC = {
     "StepReport",
     "StorageError",
     "SweepError",
+    "adapters",
     "backward",
     "evaluate",
     "hf",
@@ -74,11 +75,12 @@ before = set(sys.modules)
 import slimgrad
 loaded = set(sys.modules) - before
 assert not torch.cuda.is_initialized()
-from slimgrad.extras import EXTRAS
-heavy = {"transformers", "datasets", "triton", "urllib.request", "http.client", *sum(EXTRAS.values(), ())}
+from slimgrad.extras import EXTRAS, module_of
+heavy = {"transformers", "datasets", "triton", "urllib.request", "http.client"}
+heavy |= {module_of(package) for packages in EXTRAS.values() for package in packages}
 print(sorted(name for name in loaded if name in heavy or name.split(".")[0] in heavy))
 print(sorted(name for name in loaded if name.startswith("slimgrad.") and name.split(".")[1] in
-             ("cli", "bytelm", "data", "models", "hf", "paper")))
+             ("cli", "bytelm", "data", "models", "hf", "paper", "adapters")))
 """
 
 

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 # as if no extra were installed: neither found nor imported
 HIDDEN = """
 import sys
-from slimgrad.extras import EXTRAS
-hidden = {package for packages in EXTRAS.values() for package in packages}
+from slimgrad.extras import EXTRAS, module_of
+hidden = {module_of(package) for packages in EXTRAS.values() for package in packages}
 sys.modules.update(dict.fromkeys(hidden))
 class Nothing:
     def find_spec(self, name, path=None, target=None):

@@ -41,7 +41,7 @@ from slimgrad.verification.model import Report, verify
 from slimgrad.verification.step import StepReport, verify_step
 
 if TYPE_CHECKING:
-    from slimgrad import hf
+    from slimgrad import adapters, hf
 
 __version__ = "0.1.0"
 
@@ -75,6 +75,7 @@ __all__ = [
     "StepReport",
     "StorageError",
     "SweepError",
+    "adapters",
     "backward",
     "evaluate",
     "hf",
@@ -90,9 +91,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`slimgrad.hf`, imported when it is first asked for: it needs transformers."""
-    if name != "hf":
+    """`slimgrad.adapters` and `slimgrad.hf`, imported when they are first asked for: the latter needs transformers."""
+    if name not in ("adapters", "hf"):
         raise AttributeError(f"module 'slimgrad' has no attribute {name!r}")
     import importlib
 
-    return importlib.import_module("slimgrad.hf")
+    return importlib.import_module(f"slimgrad.{name}")

@@ -12,10 +12,18 @@ from slimgrad.errors import MissingExtraError
 EXTRAS = {
     "train": (
         "typer", "rich", "uniplot", "matplotlib", "pydantic", "pooch", "requests", "tqdm", "filelock", "psutil",
+        "pyyaml", "zstandard",
     ),
     "tensorboard": ("tensorboard",),
+    "trackio": ("trackio",),
     "hf": ("transformers", "accelerate", "peft", "datasets"),
 }  # fmt: skip
+_MODULES = {"pyyaml": "yaml"}
+
+
+def module_of(package: str) -> str:
+    """The name by which it is imported."""
+    return _MODULES.get(package, package)
 
 
 def require_extra(extra: str, what: str, *packages: str) -> None:
@@ -29,7 +37,8 @@ def require_extra(extra: str, what: str, *packages: str) -> None:
     Raises:
         MissingExtraError: says what is missing, and the command that installs it.
     """
-    missing = [package for package in packages or EXTRAS[extra] if importlib.util.find_spec(package) is None]
+    wanted = packages or EXTRAS[extra]
+    missing = [package for package in wanted if importlib.util.find_spec(module_of(package)) is None]
     if missing:
         several = f"the packages {', '.join(missing)}, which are" if len(missing) > 1 else f"{missing[0]}, which is"
         raise MissingExtraError(f"{what}: expected {several} not installed. Run: pip install 'slimgrad[{extra}]'")

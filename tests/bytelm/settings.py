@@ -36,6 +36,7 @@ def tiny(**overrides: Any) -> TrainConfig:
         "chunk": 32,
         "steps": 30,
         "learning_rate": 2e-2,
+        "validation": "end",
         "validation_bytes": 200,
         "eval_every": 10,
     }

@@ -28,7 +28,7 @@ from tests.bytelm.settings import tiny
         ("windows", "odd", "one of shuffled, consecutive, random, documents"),
         ("precision", "fp8", "one of float32, bf16"),
         ("device", "tpu", "one of auto, cpu, cuda"),
-        ("decay", "never", "one of cosine, constant, drop"),
+        ("decay", "never", "one of cosine, linear, constant, drop"),
         ("validation_bytes", 1, "at least 2"),
         ("first_length", 1, "0, or at least 2"),
         ("learning_rate", 0.0, "a positive number"),
@@ -84,7 +84,7 @@ def test_settings_reach_every_field_by_its_name() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("warmup", "--set warmup: expected NAME=VALUE with one of the names task, length"),
+        ("warmup", "--set warmup: expected NAME=VALUE with one of the names task, format"),
         ("speed=3", "--set speed=3: expected NAME=VALUE with one of the names"),
         ("model=3", "--set model=3: expected NAME=VALUE"),
         ("model.depth=3", "--set model.depth=3: expected model.NAME=VALUE with one of"),

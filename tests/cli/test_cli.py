@@ -29,7 +29,7 @@ def test_every_command_explains_itself(command: str) -> None:
 def test_numbers_of_a_run_are_explained_by_the_configuration_itself() -> None:
     options = {option.name: option for option in typer.main.get_command(app).commands["train"].params}
     fields = [field.name for field in dataclasses.fields(TrainConfig) if field.name in options]
-    assert len(fields) == 15
+    assert len(fields) == 21
     for name in fields:
         assert options[name].help == describe(name) != ""
         assert options[name].opts == [f"--{name.replace('_', '-')}"]

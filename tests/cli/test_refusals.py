@@ -6,7 +6,6 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,7 +52,7 @@ def test_a_missing_text_is_refused_by_every_command(trained: Path, tmp_path: Pat
 def test_an_empty_text_is_refused_by_every_command(trained: Path, empty: Path, tmp_path: Path) -> None:
     for command in (("train",), ("finetune", trained), ("train", "--init", trained)):
         assert "the file is empty" in refuse_and_leave_nothing(*command, empty)
-    assert f"{empty}: expected at least two bytes" in refuse_and_leave_nothing("eval", trained, empty)
+    assert f"{empty}: expected bytes to read" in refuse_and_leave_nothing("eval", trained, empty)
     assert "at least two bytes" in refuse_and_leave_nothing("eval", trained, "-", stdin=b"")
     assert "at least one byte" in refuse_and_leave_nothing("generate", trained, "--prompt-file", empty)
     assert "at least one byte" in refuse_and_leave_nothing("generate", trained, "--prompt", "")
@@ -69,7 +68,7 @@ def test_a_text_shorter_than_one_window_is_refused(trained: Path, short: Path, t
         assert f"one window of {LENGTH} and 2 for validation), got 9" in message
     one = tmp_path / "one"
     one.write_bytes(b"1")
-    assert f"{one}: expected at least two bytes" in refuse_and_leave_nothing("eval", trained, one)
+    assert f"{one}: expected a document of at least two bytes" in refuse_and_leave_nothing("eval", trained, one)
     assert "at least two bytes" in refuse_and_leave_nothing("eval", trained, "-", stdin=b"1")
 
 
@@ -78,18 +77,17 @@ def test_an_evaluated_folder_without_a_document_of_two_bytes_is_refused(trained:
     folder.mkdir()
     for name in ("a", "b"):
         (folder / name).write_bytes(b"1")
-    message = f"{folder}: expected a file of at least two bytes below it"
+    message = f"{folder}: expected a document of at least two bytes"
     assert message in refuse_and_leave_nothing("eval", trained, folder)
 
 
 def test_a_text_that_the_system_refuses_to_read_is_refused(
     trained: Path, fox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuses(*_: object) -> Iterator[None]:
+    def refuses(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
-        yield
 
-    monkeypatch.setattr("slimgrad.cli.evaluating.read_pieces", refuses)
+    monkeypatch.setattr("slimgrad.data.documents.FileBytes.read", refuses)
     message = f"{fox}: expected a readable file, got: {os.strerror(errno.EIO)}"
     assert message in refuse_and_leave_nothing("eval", trained, fox)
 
@@ -116,8 +114,8 @@ def test_an_unknown_preset_is_refused_with_the_known_ones(trained: Path, fox: Pa
         (("--learning-rate", "nan"), "learning_rate=nan: expected a positive number"),
         (("--method", "guessing"), "method=guessing: expected one of chunked, checkpoint, plain"),
         (("--device", "tpu"), "device=tpu: expected one of auto, cpu, cuda"),
-        (("--set", "steps"), "--set steps: expected NAME=VALUE with one of the names task, length"),
-        (("--set", "pace=1"), "--set pace=1: expected NAME=VALUE with one of the names task, length"),
+        (("--set", "steps"), "--set steps: expected NAME=VALUE with one of the names task, format"),
+        (("--set", "pace=1"), "--set pace=1: expected NAME=VALUE with one of the names task, format"),
         (("--set", "model=1"), "--set model=1: expected NAME=VALUE"),
         (("--set", "model.depth=1"), "--set model.depth=1: expected model.NAME=VALUE with one of the names"),
         (("--set", "=1"), "--set =1: expected NAME=VALUE"),

@@ -54,7 +54,6 @@ def test_after_a_damaged_snapshot_the_one_before_goes_on(mine: Path, trained: Pa
         ("--accumulate", 2),
         ("--precision", "bf16"),
         ("--learning-rate", 0.1),
-        ("--steps", 9),
         ("--eval-every", 2),
         ("--save-every", 2),
         ("--seed", 0),
@@ -72,8 +71,8 @@ def test_what_may_not_change_is_named_and_the_run_left_as_it_is(options: tuple[o
 
 
 def test_several_that_may_not_change_are_all_named(mine: Path) -> None:
-    message = refuse(2, "train", "--resume", mine, "--seed", 1, "--set", "warmup=0", "--steps", 3)
-    assert "expected no --steps, no --seed, no --set." in message
+    message = refuse(2, "train", "--resume", mine, "--seed", 1, "--set", "warmup=0", "--batch", 3)
+    assert "expected no --batch, no --seed, no --set." in message
 
 
 @pytest.mark.parametrize(
@@ -176,7 +175,7 @@ def test_where_the_computer_differs_the_run_says_that_bits_may_too(mine: Path, m
     from slimgrad.runs.environment import describe_environment
 
     elsewhere = {**describe_environment(), "machine": "abacus"}
-    monkeypatch.setattr("slimgrad.cli.training.describe_environment", lambda: elsewhere)
+    monkeypatch.setattr("slimgrad.cli.resuming.describe_environment", lambda: elsewhere)
     shown = " ".join(succeed("train", "--resume", mine).stdout.split())
     assert "bits may differ from an undisturbed run: machine" in shown
     assert "is now abacus" in shown

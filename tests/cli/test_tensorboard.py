@@ -1,4 +1,4 @@
-"""`slimgrad train --tensorboard`: every step once, also where a run went on."""
+"""`slimgrad train --log`: every step once, also where a run went on."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def steps(run: Path, name: str) -> list[tuple[int, float]]:
 
 def test_every_step_is_there_once_also_after_a_run_went_on(fox: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    succeed("train", fox, *TINY, "--tensorboard", "--out", out)
+    succeed("train", fox, *TINY, "--log", "tensorboard", "--out", out)
     for _ in range(2):
         bits = steps(out, "training/bits_per_byte")
         assert [step for step, _ in bits] == [1, 2, 3, 4, 5, 6]
         assert [value for _, value in bits] == pytest.approx([row["bits"] for row in rows(out)])
         validated = [row["step"] for row in rows(out) if row["validation_bits"] is not None]
         assert [step for step, _ in steps(out, "validation/bits_per_byte")] == validated
-        succeed("train", "--resume", snapshots(out)[0], "--tensorboard")
+        succeed("train", "--resume", snapshots(out)[0], "--log", "tensorboard")
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def _hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_hidden")
 def test_without_the_package_no_run_begins(fox: Path, tmp_path: Path) -> None:
-    message = refuse(2, "train", fox, *TINY, "--tensorboard", "--out", tmp_path / "run")
+    message = refuse(2, "train", fox, *TINY, "--log", "tensorboard", "--out", tmp_path / "run")
     assert "pip install 'slimgrad[tensorboard]'" in message
     assert not (tmp_path / "run").exists()
 
@@ -46,5 +46,5 @@ def test_without_the_package_no_run_begins(fox: Path, tmp_path: Path) -> None:
 def test_without_the_package_no_run_goes_on(mine: Path) -> None:
     before = everything(mine)
     for path in (mine, snapshots(mine)[0]):
-        assert "pip install 'slimgrad[tensorboard]'" in refuse(2, "train", "--resume", path, "--tensorboard")
+        assert "pip install 'slimgrad[tensorboard]'" in refuse(2, "train", "--resume", path, "--log", "tensorboard")
         assert everything(mine) == before

@@ -221,7 +221,7 @@ def test_the_whole_text_is_one_sequence(documents: Path, tmp_path: Path) -> None
     num_bytes = sum(path.stat().st_size for path in documents.iterdir())
     train_bytes = num_bytes - num_bytes // 10
     shape = (*SHAPE, "--chunk", 16, "--steps", 1, "--out", tmp_path / "run")
-    result = succeed("train", documents, "--length", "all", *shape)
+    result = succeed("train", documents, "--length", "all", "--validation", "end", *shape)
     assert f"1 step, each the whole training text of {train_bytes:,} bytes as one sequence" in result.stdout
     (row,) = rows(tmp_path / "run")
     assert (row["length"], row["num_bytes"]) == (train_bytes, train_bytes)

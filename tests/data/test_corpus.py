@@ -225,13 +225,43 @@ def test_what_the_system_refuses_is_said_in_one_line(tmp_path: Path, monkeypatch
 def test_split_shares_no_byte_and_loses_none() -> None:
     data = torch.arange(103, dtype=torch.uint8)
     corpus = Corpus(name="text", source="here", text=Documents([data[:95], data[95:]]))
-    train, validation = corpus.split(validation_bytes=10, window=93)
+    train, validation = corpus.split(validation_bytes=10, window=93, held_out="end")
     assert (len(train), len(validation)) == (93, 10)
     assert torch.equal(torch.cat([train.read(0, 93), validation.read(0, 10)]), data)
+    for held_out in ("spread", "end"):
+        train, validation = corpus.split(validation_bytes=10, window=93, held_out=held_out)
+        assert (len(train), len(validation)) == (93, 10)
+        both = torch.cat([train.read(0, 93), validation.read(0, 10)])
+        assert torch.equal(both.sort().values, data)
     with pytest.raises(InputError, match=r"text: expected at least 104 bytes .*94 and 10 for validation\), got 103"):
         corpus.split(validation_bytes=10, window=94)
     with pytest.raises(InputError, match="validation_bytes=1: expected at least 2 bytes"):
         corpus.split(validation_bytes=1, window=4)
+
+
+def test_what_is_held_out_comes_from_all_over_the_text() -> None:
+    data = (torch.arange(100_000) // 1000).to(torch.uint8)  # each byte says in which hundredth it is
+    corpus = Corpus(name="text", source="here", text=Documents([data[:30_000], data[30_000:]]))
+    train, validation = corpus.split(validation_bytes=10_000, window=2)
+    assert (len(train), len(validation)) == (90_000, 10_000)
+    found = validation.read(0, 10_000)
+    assert [int((found // 12.5 == eighth).sum()) for eighth in range(8)] == [1250] * 8
+    assert found.max() < 95  # not the end, which in many texts is not like the rest
+    assert len(train.documents) == 10
+    for few, places in ((9000, 8), (5000, 4), (2047, 1), (100, 1)):
+        _, validation = corpus.split(validation_bytes=few, window=2)
+        assert (len(validation), len(validation.documents)) == (few, places)
+
+
+def test_a_share_is_the_end_of_each_document() -> None:
+    pieces = [torch.full((size,), size, dtype=torch.uint8) for size in (100, 3, 50)]
+    corpus = Corpus(name="text", source="here", text=Documents(pieces))
+    train, validation = corpus.split(validation_bytes=2, window=2, held_out="0.1")
+    assert [len(document) for document in validation.documents] == [10, 5]
+    assert [len(document) for document in train.documents] == [90, 3, 45]
+    assert corpus.bytes_of_share(0.1) == 15
+    with pytest.raises(InputError, match=r"expected a share of its documents that is at least 2 bytes, 0\.01 is 1"):
+        corpus.split(validation_bytes=2, window=2, held_out="0.01")
 
 
 def test_split_takes_the_official_validation_from_its_start() -> None:

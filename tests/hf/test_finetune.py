@@ -328,7 +328,7 @@ def test_data_that_is_none_is_refused(tiny: Path, tmp_path: Path) -> None:
         (("--dtype", "int8"), "--dtype int8: expected one of float32, bfloat16"),
         (("--rows", "tape"), "--rows tape: expected one of device, host"),
         (("--schedule", "sometimes"), "schedule 'sometimes': expected one of"),
-        (("--logging", "wandb"), "--logging wandb: expected one of none, tensorboard, trackio"),
+        (("--log", "wandb"), "--log wandb: expected one of none, tensorboard, trackio"),
         (("--device", "tpu"), "--device tpu: expected one of auto, cpu, cuda"),
         (("--memory", "much"), "expected an amount of memory"),
         (("--memory", "1GB", "--chunk", 8), "--chunk and --memory: expected one of them"),
@@ -422,8 +422,8 @@ def test_a_missing_package_is_one_sentence(
     for name, options, command in (
         ("bitsandbytes", ("--lora", 4, "--bits", 4), "pip install bitsandbytes"),
         ("peft", ("--lora", 4), "pip install 'slimgrad[hf]'"),
-        ("tensorboard", ("--logging", "tensorboard"), "pip install 'slimgrad[tensorboard]'"),
-        ("trackio", ("--logging", "trackio"), "pip install trackio"),
+        ("tensorboard", ("--log", "tensorboard"), "pip install 'slimgrad[tensorboard]'"),
+        ("trackio", ("--log", "trackio"), "pip install 'slimgrad[trackio]'"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr("importlib.util.find_spec", lambda x, *a, gone=name: None if x == gone else find_spec(x, *a))

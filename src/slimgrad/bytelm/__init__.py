@@ -4,7 +4,7 @@ from slimgrad.extras import require_extra
 
 require_extra("train", "slimgrad.bytelm")
 
-from slimgrad.bytelm.config import TrainConfig, with_settings
+from slimgrad.bytelm.config import TrainConfig, with_fields, with_settings
 from slimgrad.bytelm.device import pick_device
 from slimgrad.bytelm.evaluation import CHUNKS_IN_A_PIECE, Evaluated, evaluate_stream, read_pieces
 from slimgrad.bytelm.folder import RunFolder, open_model
@@ -13,7 +13,7 @@ from slimgrad.bytelm.memory import Cost, measure_gradient
 from slimgrad.bytelm.presets import PRESETS, get_preset
 from slimgrad.bytelm.row import Row
 from slimgrad.bytelm.sample import generate, stream
-from slimgrad.bytelm.task import Task, make_task
+from slimgrad.bytelm.task import Task, make_task, split_corpus
 from slimgrad.sweep.schedules.names import parse_schedule
 
 __all__ = [
@@ -37,8 +37,10 @@ __all__ = [
     "pick_device",
     "plan_schedule",
     "read_pieces",
+    "split_corpus",
     "stream",
     "train",
     "validate",
+    "with_fields",
     "with_settings",
 ]

@@ -9,11 +9,13 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import itertools
 import json
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
@@ -21,7 +23,7 @@ from pydantic.fields import FieldInfo
 from slimgrad.budget.size import parse_bytes
 from slimgrad.bytelm.device import Device
 from slimgrad.bytelm.gradient import Method
-from slimgrad.data import Order
+from slimgrad.data import END, SPREAD, Format, Order, Reading
 from slimgrad.errors import InputError
 from slimgrad.models.performer import PerformerConfig
 from slimgrad.sweep.schedules.names import parse_schedule
@@ -33,6 +35,19 @@ def _explained(description: str, expected: str = "", **constraints: Any) -> Any:
 
 
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
+Decay = Literal["cosine", "linear", "constant", "drop"]
+DEFAULT_OPTIMIZER = "AdamW"
+_BEFORE = {"validation": END}  # what runs did whose configuration does not say it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The learning rate over a part of a run: up to step `steps`, counted from the run's first."""
+
+    steps: int
+    learning_rate: float
+    warmup: float
+    decay: Decay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +59,25 @@ class TrainConfig:
         Literal["text", "copying"],
         _explained('"text" (the bytes of a corpus), or "copying" (generated: the paper\'s section 4.3).'),
     ] = "text"
+    format: Annotated[
+        Format,
+        _explained(
+            "What files hold: bytes (a file is a document), fasta (a record is one, without header and line breaks), "
+            "or jsonl (a field of a line is one). Compressed files are decompressed once."
+        ),
+    ] = "bytes"
+    field: Annotated[str, _explained("The field of JSON lines whose text is a document; with it, format is jsonl.")] = (
+        "text"
+    )
+    fold_case: Annotated[bool, _explained("Of FASTA: small letters become capitals.")] = False
+    validation: Annotated[
+        str,
+        _explained(
+            "What is held out for validation: spread (stretches from all over the text), end (its last bytes), a share "
+            "such as 0.05 (the end of each document), or a file or folder that is none of the text. Corpora with a "
+            "name may have a part of their own."
+        ),
+    ] = SPREAD
     length: Annotated[
         int,
         _explained(
@@ -97,6 +131,11 @@ class TrainConfig:
         Literal["float32", "bf16"], _explained("float32, or bf16: autocast, with parameters and states in float32.")
     ] = "float32"
     steps: Annotated[int, _explained("Optimiser steps.", ge=1)]
+    parts: Annotated[tuple[Part, ...], _explained("Of a run that went on after its end, what was before.")] = ()
+    optimizer: Annotated[
+        str,
+        _explained("The optimiser: any of torch.optim, with arguments after a colon: SGD:momentum=0.9,nesterov=true."),
+    ] = DEFAULT_OPTIMIZER
     learning_rate: Annotated[
         float,
         _explained("The highest learning rate, after the warm-up.", "a positive number", gt=0, allow_inf_nan=False),
@@ -111,15 +150,17 @@ class TrainConfig:
         ),
     ] = 0.05
     decay: Annotated[
-        Literal["cosine", "constant", "drop"],
+        Decay,
         _explained(
-            "The learning rate after that: cosine (half a cosine, down to zero), constant, or drop (a tenth after two "
-            "thirds)."
+            "The learning rate after that: cosine (half a cosine, down to zero), linear (down to zero), constant, or "
+            "drop (a tenth after two thirds)."
         ),
     ] = "cosine"
     weight_decay: Annotated[
         float,
-        _explained("Of matrices; vectors (biases, norms) are not decayed.", "zero or more", ge=0, allow_inf_nan=False),
+        _explained(
+            "AdamW's, of matrices; vectors (biases, norms) are not decayed.", "zero or more", ge=0, allow_inf_nan=False
+        ),
     ] = 0.1
     betas: Annotated[tuple[_Fraction, _Fraction], _explained("AdamW's.", "two numbers in [0, 1)")] = (0.9, 0.95)
     clip_norm: Annotated[
@@ -130,7 +171,12 @@ class TrainConfig:
         ),
     ] = 1.0
     validation_bytes: Annotated[
-        int, _explained("Bytes kept for validation, at the corpus' end or in its official part.", ge=2)
+        int,
+        _explained(
+            "Bytes held out for validation, or those of its own part; by default 32,768, at most a tenth of the text, "
+            "and all of a file that is named for it.",
+            ge=2,
+        ),
     ] = 32_768
     eval_every: Annotated[
         Annotated[int, Field(ge=1)] | None,
@@ -159,15 +205,34 @@ class TrainConfig:
             raise InputError(
                 f"length={self.length}: expected an even number of at least 4 for copying, and no documents"
             )
+        ends = [0, *(part.steps for part in self.parts), self.steps]
+        if any(before >= after for before, after in itertools.pairwise(ends)):
+            raise InputError(f"parts: expected rising numbers of steps below {self.steps}, got {ends[1:-1]}")
         if self.memory is not None:
             parse_bytes(self.memory)
         parse_schedule(self.schedule)
+
+    @property
+    def reading(self) -> Reading:
+        """How files become documents. Raises `InputError` where its fields do not fit together."""
+        return Reading(format=self.format, field=self.field, fold_case=self.fold_case)
+
+    def part_at(self, step: int) -> tuple[int, Part]:
+        """The part of the run to which the step after `step` others belongs, and the steps before that part."""
+        now = Part(steps=self.steps, learning_rate=self.learning_rate, warmup=self.warmup, decay=self.decay)
+        before = 0
+        for part in (*self.parts, now):
+            if step < part.steps:
+                return before, part
+            before = part.steps
+        raise ValueError(f"step {step}: expected fewer than the run's {self.steps}")
 
     def step_lengths(self) -> list[int]:
         """Bytes of each step's sequences, never falling; the last step has `length`.
 
         Early in training many small steps teach more than few large ones, and late it is the other way round. Whole
-        documents have lengths of their own: there every step counts alike, as `length`.
+        documents have lengths of their own: there every step counts alike, as `length`. Only the first of a run's
+        parts has shorter ones.
         """
         if self.windows == "documents" or self.task == "copying":
             return [self.length] * self.steps
@@ -175,9 +240,10 @@ class TrainConfig:
         while lengths[-1] < self.length:
             lengths.append(min(2 * lengths[-1], self.length))
         shares = [1 / length for length in lengths]
-        ends = [round(self.steps * sum(shares[: i + 1]) / sum(shares)) for i in range(len(lengths))]
-        by_step = (bisect.bisect_right(ends, step) for step in range(self.steps - 1))
-        return [*(lengths[index] for index in by_step), self.length]
+        first = self.parts[0].steps if self.parts else self.steps
+        ends = [round(first * sum(shares[: i + 1]) / sum(shares)) for i in range(len(lengths))]
+        by_step = (bisect.bisect_right(ends, step) for step in range(first - 1))
+        return [*(lengths[index] for index in by_step), *([self.length] * (self.steps - first + 1))]
 
     def to_dict(self) -> dict[str, Any]:
         """Every number, nested as the dataclasses are; plain enough for JSON."""
@@ -185,7 +251,7 @@ class TrainConfig:
 
     @staticmethod
     def from_dict(fields: dict[str, Any]) -> TrainConfig:
-        """What `to_dict` gave.
+        """What `to_dict` gave, now or in an earlier version.
 
         Raises:
             InputError: a field is missing, unknown or of the wrong type, or its number makes no sense.
@@ -194,7 +260,7 @@ class TrainConfig:
         if unknown:
             raise InputError(f"configuration: unknown fields {', '.join(sorted(unknown))}")
         try:
-            found = _checked().model_validate_json(json.dumps(fields))
+            found = _checked().model_validate_json(json.dumps(_BEFORE | fields))
         except ValidationError as error:
             raise InputError(f"configuration: {_said(error, fields)}") from error
         return TrainConfig(**{name: getattr(found, name) for name in type(found).model_fields})
@@ -210,9 +276,55 @@ def describe(name: str) -> str:
 
 
 def plain_type(name: str) -> type:
-    """A field's type as a word on the command line is read: int, float or str."""
-    found = [one for one in (int, float) if one in _members(_checked().model_fields[name].annotation)]
+    """A field's type as a word on the command line is read: bool (a flag), int, float or str."""
+    found = [one for one in (bool, int, float) if one in _members(_checked().model_fields[name].annotation)]
     return found[0] if found else str
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The fields that a YAML (or JSON) file sets: any of them, the model's below `model`; and `preset`, `corpus`.
+
+    Raises:
+        InputError: not such a file, or a field that there is none of.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise InputError(f"--config {path}: expected a readable YAML file, got: {reason}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"--config {path}: expected lines such as 'steps: 400', found none")
+    names = ["preset", "corpus", *(field.name for field in dataclasses.fields(TrainConfig))]
+    fields = cast("dict[Any, Any]", found)
+    unknown = [str(name) for name in fields if name not in names]
+    if unknown:
+        raise InputError(
+            f"--config {path}: no field is called {', '.join(unknown)}. Expected any of {', '.join(names)}"
+        )
+    words = [name for name in ("preset", "corpus") if not isinstance(fields.get(name, ""), str)]
+    if words:
+        raise InputError(f"--config {path}: {words[0]}={fields[words[0]]}: expected a name")
+    try:
+        return json.loads(json.dumps(fields))
+    except TypeError as error:
+        raise InputError(f"--config {path}: expected numbers and words, got what is neither: {error}") from error
+
+
+def with_fields(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
+    """A configuration with some fields set; of the model too only those that are named.
+
+    Raises:
+        InputError: no such field, or a value that does not fit.
+    """
+    fields = config.to_dict()
+    model = given.get("model", {})
+    unknown = set(model) - set(fields["model"]) if isinstance(model, dict) else {"model"}
+    if unknown:
+        raise InputError(f"model: expected any of {', '.join(fields['model'])}, got {', '.join(sorted(unknown))}")
+    plain = {name: _fitting(name, value) for name, value in given.items()}
+    return TrainConfig.from_dict({**fields, **plain, "model": fields["model"] | model})
 
 
 def with_settings(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
@@ -229,7 +341,7 @@ def with_settings(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
         if not equals or field not in owner or name == "model":
             names = [*(n for n in fields if n != "model"), *(f"model.{n}" for n in fields["model"])]
             raise InputError(f"--set {setting}: expected {known}NAME=VALUE with one of the names {', '.join(names)}")
-        owner[field] = _parse(value)
+        owner[field] = _parse(value) if known else _fitting(name, _parse(value))
     return TrainConfig.from_dict(fields)
 
 
@@ -243,6 +355,13 @@ def _checked() -> type[BaseModel]:
     }
     made: Any = create_model
     return made("TrainConfig", **fields)
+
+
+def _fitting(name: str, value: Any) -> Any:
+    """A number that is given for a field of words is a word; and "none" is nothing."""
+    if type(value) in (int, float) and name in _checked().model_fields and plain_type(name) is str:
+        return str(value)
+    return None if isinstance(value, str) and value.lower() == "none" else value
 
 
 def _parse(value: str) -> Any:

@@ -1,8 +1,8 @@
 """The training loop: exact gradients over whole sequences, in the memory of one chunk.
 
-One step is one or several batches of the task, a gradient each, and one step of AdamW. Everything random follows from
-the seed and the step's number, so a run that goes on from a snapshot agrees in every bit with one that was never
-stopped, as long as the number of threads, the processor and the version of torch are the same.
+One step is one or several batches of the task, a gradient each, and one step of the optimiser. Everything random
+follows from the seed and the step's number, so a run that goes on from a snapshot agrees in every bit with one that was
+never stopped, as long as the number of threads, the processor and the version of torch are the same.
 Cost: per step, one gradient (see `gradient`); memory does not depend on the length of the sequences. A gradient that
 takes long is saved on its way (see `journalled`), if it is that of one batch of windows: of several batches, and of
 whole documents, what is lost with a kill is the step at hand.
@@ -192,9 +192,8 @@ class _Trainer:
 
     def _step_and_validate(self, batches: list[Batch]) -> Row:
         config, model, began = self.config, self.model, time.perf_counter()
-        before = self._ends[self.step - 1] / self._ends[-1] if self.step else 0.0
-        after = self._ends[self.step] / self._ends[-1]
-        rate = learning_rate_at(config, before, after)
+        before, after, end = self._shares(self.step)
+        rate = learning_rate_at(config.part_at(self.step)[1], before / end, after / end)
         set_learning_rate(self.optimizer, rate)
         loss = self._gradient(batches)
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf))
@@ -247,11 +246,17 @@ class _Trainer:
             self._save()
             raise
 
+    def _shares(self, step: int) -> tuple[int, int, int]:
+        """Of the part of the run in which step `step + 1` is: bytes seen before that step, after it, and at its end."""
+        before, part = self.config.part_at(step)
+        begin, *seen = (self._ends[i - 1] if i else 0 for i in (before, step, step + 1, part.steps))
+        return seen[0] - begin, seen[1] - begin, seen[2] - begin
+
     def _validates(self) -> bool:
         if self.config.eval_every is not None:
             return self.step % self.config.eval_every == 0 or self.step == self.config.steps
-        before, after = (self._ends[i] if i >= 0 else 0 for i in (self.step - 2, self.step - 1))
-        return after * _VALIDATIONS // self._ends[-1] > before * _VALIDATIONS // self._ends[-1]
+        before, after, end = self._shares(self.step - 1)
+        return after * _VALIDATIONS // end > before * _VALIDATIONS // end
 
     def _save_is_due(self) -> bool:
         if self.journal is not None and self.journal.is_saved:

@@ -23,10 +23,11 @@ from slimgrad.budget.probe import as_it_was
 from slimgrad.budget.process import resident_bytes
 from slimgrad.budget.request import Request
 from slimgrad.budget.size import parse_bytes
-from slimgrad.bytelm.config import TrainConfig
+from slimgrad.bytelm.config import DEFAULT_OPTIMIZER, TrainConfig
 from slimgrad.bytelm.device import pick_device
 from slimgrad.bytelm.gradient import Method, add_gradient
 from slimgrad.bytelm.loop import autocast, build_model
+from slimgrad.bytelm.optimizer import moment_bytes
 from slimgrad.call.arguments import DEFAULT_CHUNK, Options
 from slimgrad.call.losses import cross_entropy_sum
 from slimgrad.data import Batch
@@ -67,6 +68,8 @@ def gradient_request(config: TrainConfig, model: Performer) -> Request:
     """One gradient of a run over its longest sequences, and what the process will hold beside it."""
     moments = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     reserved = {"optimiser": _MOMENTS * moments}
+    if config.optimizer != DEFAULT_OPTIMIZER:
+        reserved = {"optimiser": moment_bytes(config, model)}
     if config.accumulate > 1:
         reserved["gradients of earlier batches"] = moments
     if config.task == "copying":

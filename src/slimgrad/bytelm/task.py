@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from slimgrad.bytelm.config import TrainConfig
-from slimgrad.data import Batch, Corpus, Documents, consecutive_starts, copying_batches, text_batches
+from slimgrad.data import Batch, Corpus, Documents, Split, consecutive_starts, copying_batches, text_batches
 from slimgrad.errors import InputError
 
 _COPYING_VALIDATION_BATCHES, _COPYING_BATCH = 4, 16
@@ -37,7 +37,12 @@ def make_task(config: TrainConfig, corpus: Corpus | None) -> Task:
     if corpus is None:
         raise InputError("expected a corpus to learn from, got none")
     window = 2 if config.windows == "documents" else config.length
-    return _Text(config, *corpus.split(validation_bytes=config.validation_bytes, window=window))
+    return _Text(config, *split_corpus(config, corpus, window))
+
+
+def split_corpus(config: TrainConfig, corpus: Corpus, window: int = 2) -> Split:
+    """What a run trains on and what it is validated on. Raises `InputError` where the text is too short for both."""
+    return corpus.split(validation_bytes=config.validation_bytes, window=window, held_out=config.validation)
 
 
 class _Text:

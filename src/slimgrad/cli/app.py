@@ -60,6 +60,7 @@ Settings = Annotated[
     typer.Option("--set", metavar="NAME=VALUE", help="Any other number of the run, as config.json names it."),
 ]
 Out = Annotated[Path | None, typer.Option(help="A new folder for the results.", show_default="runs/CORPUS-DATE-TIME")]
+Log = Annotated[str | None, typer.Option(help="Write every step for a dashboard: tensorboard or trackio.")]
 DataDir = Annotated[Path | None, typer.Option(help="Where named corpora lie, instead of fetching them.")]
 
 
@@ -112,8 +113,9 @@ def _root(  # pyright: ignore[reportUnusedFunction]
 @app.command()
 @with_numbers(
     dict.fromkeys((
-        "chunk", "memory", "schedule", "method", "windows", "batch", "accumulate", "device", "precision",
-        "learning_rate", "steps", "eval_every", "save_every", "seed",
+        "format", "field", "fold_case", "validation", "chunk", "memory", "schedule", "method", "windows", "batch",
+        "accumulate", "device", "precision", "optimizer", "learning_rate", "decay", "steps", "eval_every", "save_every",
+        "seed",
     ))
 )  # fmt: skip
 def train(
@@ -130,6 +132,10 @@ def train(
     length: Length = None,
     numbers: Numbers = MappingProxyType({}),
     settings: Settings = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A YAML file with any of the numbers, named as in config.json; options win over it."),
+    ] = None,
     init: Annotated[
         Path | None, typer.Option(help="Begin with the model of this run or file, however it was trained.")
     ] = None,
@@ -138,7 +144,7 @@ def train(
     ] = None,
     out: Out = None,
     data_dir: DataDir = None,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's files too.")] = False,
+    log: Log = None,
     compare: Annotated[
         bool, typer.Option(help="At the end, measure one gradient beside plain backpropagation.")
     ] = True,
@@ -148,15 +154,16 @@ def train(
     Ctrl-C, SIGTERM and a closed terminal save first. A run that ended in any way goes on with --resume.
     """
     with one_clear_message():
-        from slimgrad.cli.training import Options, run_training
+        from slimgrad.cli.options import Options
+        from slimgrad.cli.resuming import resume_training
+        from slimgrad.cli.training import run_training
 
         given = {**numbers, **({} if length is None else {"length": length})}
-        run_training(
-            Options(
-                corpus=corpus, preset=preset, numbers=given, settings=tuple(settings or ()), init=init,
-                resume=resume, out=out, data_dir=data_dir, tensorboard=tensorboard, compare=compare,
-            )
+        options = Options(
+            corpus=corpus, preset=preset, numbers=given, settings=tuple(settings or ()), init=init,
+            resume=resume, out=out, data_dir=data_dir, log=log, compare=compare, config=config,
         )  # fmt: skip
+        (run_training if resume is None else resume_training)(options)
 
 
 @app.command()
@@ -209,7 +216,7 @@ def finetune(
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints.", show_default="ten in all")
     ] = None,
-    logging: Annotated[str | None, typer.Option(help="tensorboard, trackio or none.", show_default="none")] = None,
+    log: Log = None,
     seed: Annotated[
         int | None, typer.Option(help="Decides adapters and order.", show_default="0, or the run's")
     ] = None,
@@ -250,16 +257,16 @@ def finetune(
             dora=dora or None, bits=bits, chunk=chunk, rows=rows, schedule=schedule,
             gradient_checkpointing=gradient_checkpointing or None, learning_rate=learning_rate, epochs=epochs,
             steps=steps, batch=batch, accumulate=accumulate, warmup=warmup, dtype=dtype, eval=eval_file,
-            eval_share=eval_share, save_every=save_every, logging=logging, seed=seed, device=device, memory=memory,
+            eval_share=eval_share, save_every=save_every, log=log, seed=seed, device=device, memory=memory,
             length=length, method=method, settings=settings or None, data_dir=data_dir,
         )  # fmt: skip
 
 
 @app.command(name="eval")
-@with_numbers({"device": None})
+@with_numbers({"format": "the run's", "field": "the run's", "fold_case": "the run's", "device": None})
 def evaluate(
     run: RunArgument,
-    file: Annotated[str, typer.Argument(help="The text: a file of any size, - for standard input, or a folder.")],
+    file: Annotated[str, typer.Argument(help="The text: a file of any size, a folder, a pipe, or - (standard input).")],
     chunk: Annotated[
         int | None, typer.Option(help="Bytes that go through the model at once.", show_default="1024")
     ] = None,
@@ -272,7 +279,7 @@ def evaluate(
     with one_clear_message():
         from slimgrad.cli.evaluating import run_evaluation
 
-        run_evaluation(run, file, chunk=chunk, memory=memory, device=numbers.get("device", "auto"))
+        run_evaluation(run, file, chunk=chunk, memory=memory, **numbers)
 
 
 @app.command()
@@ -280,7 +287,9 @@ def evaluate(
 def generate(
     run: RunArgument,
     prompt: Annotated[str | None, typer.Option(help="The text to go on from.", show_default="a new line")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A file to go on from, in place of --prompt.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="A file to go on from, in place of --prompt; - for standard input.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Bytes to generate.")] = 400,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte; 1 draws as the model says.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest bytes that have this probability.")] = 1.0,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,39 +15,53 @@ from torch import Tensor
 
 from slimgrad.budget.process import peak_resident_bytes
 from slimgrad.bytelm import CHUNKS_IN_A_PIECE, Evaluated, evaluate_stream, open_model, pick_device, read_pieces
+from slimgrad.bytelm.config import TrainConfig
 from slimgrad.bytelm.planned import PIECE_BYTES, plan_evaluation
 from slimgrad.cli.budgeted import keep_within, peak_in_words
 from slimgrad.cli.words import megabytes
-from slimgrad.data import load_corpus
-from slimgrad.data.looks import require_text
+from slimgrad.data import Documents, Reading, load_corpus
 from slimgrad.errors import InputError
 
 STDIN = "-"
 CHUNK = 1024  # without a budget
 
 
-def run_evaluation(run: Path, source: str, *, chunk: int | None, memory: str | None, device: str) -> None:
-    """Print bits per byte; progress goes to standard error where that is a terminal, and then makes room."""
+def run_evaluation(
+    run: Path,
+    source: str,
+    *,
+    chunk: int | None = None,
+    memory: str | None = None,
+    device: str = "auto",
+    format: str | None = None,
+    field: str | None = None,
+    fold_case: bool | None = None,
+) -> None:
+    """Print bits per byte; progress goes to standard error where that is a terminal, and then makes room.
+
+    A file is read as the run read its corpus, where nothing else is said.
+    """
     if chunk is not None and chunk < 1:
         raise InputError(f"--chunk {chunk}: expected at least 1")
     if chunk is not None and memory is not None:
         raise InputError("--chunk and --memory: expected one of them. --memory chooses the chunk")
     keep_within(memory, device, trains=False)
-    model, _ = open_model(run)
+    model, config = open_model(run)
+    text = _text(source, _reading(config, format, field, fold_case))
     model.to(pick_device(device))
     plan, piece = None, (chunk or CHUNK) * CHUNKS_IN_A_PIECE
     if memory is not None:
-        plan = plan_evaluation(model, memory, _bytes_of(source))
+        plan = plan_evaluation(model, memory, None if text is None else len(text))
         chunk, piece = plan.chunk, plan.chunk * max(1, PIECE_BYTES // plan.chunk)
     chunk = chunk or CHUNK
-    sequences, total = _sequences(source, piece)
+    sequences = _streams(source, piece) if text is None else _documents(source, text, piece)
     began = time.perf_counter()
     found = Evaluated()
     columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeRemainingColumn(), TextColumn("left"))
     console = Console(stderr=True, highlight=False)
     shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with _naming(source), shown as progress:
-        task = progress.add_task("starting", total=total)
+        task = progress.add_task("starting", total=None if text is None else len(text))
 
         so_far = Evaluated()
 
@@ -82,32 +96,46 @@ def run_evaluation(run: Path, source: str, *, chunk: int | None, memory: str | N
         raise KeyboardInterrupt
 
 
-def _bytes_of(source: str) -> int | None:
-    """Of one file, where that can be told."""
-    path = Path(source)
-    return path.stat().st_size if source != STDIN and path.is_file() else None
+def _reading(config: TrainConfig | None, format: str | None, field: str | None, fold_case: bool | None) -> Reading:
+    """As the run read its corpus, but for what is said now."""
+    of_run = Reading() if config is None else config.reading
+    if format is None:
+        format = "jsonl" if field is not None else of_run.format
+    folds = of_run.fold_case and format == "fasta" if fold_case is None else fold_case
+    made: Any = Reading
+    return made(format=format, field=field or of_run.field, fold_case=folds)
 
 
-def _sequences(source: str, piece_bytes: int) -> tuple[Iterator[Iterable[Tensor]], int | None]:
-    """One stream for a file or standard input, one for each document of a folder; and the bytes in all."""
+def _text(source: str, reading: Reading) -> Documents | None:
+    """A file's or a folder's documents; None for standard input and other pipes, which are read as they come."""
     path = Path(source)
+    if source == STDIN or (path.exists() and not path.is_file() and not path.is_dir()):
+        if reading.format != "bytes":
+            raise InputError(
+                f"{source}: expected a file to read as {reading.format}, as the run or --format says; a pipe is taken "
+                "as bytes. Write it to a file, or say --format bytes"
+            )
+        return None
+    if not path.exists():
+        raise InputError(f"{path}: expected a file, found nothing of that name. Check the path")
+    return load_corpus(path, reading=reading).text
+
+
+def _streams(source: str, piece_bytes: int) -> Iterator[Iterable[Tensor]]:
+    """Standard input or a pipe, as one sequence."""
     if source == STDIN:
-        return iter([read_pieces(sys.stdin.buffer, piece_bytes)]), None
-    if not path.is_dir():
-        if not path.is_file():
-            raise InputError(f"{path}: expected a file, found nothing of that name. Check the path")
-        require_text(path)
-        return _one_file(path, piece_bytes), path.stat().st_size
-    text = load_corpus(path).text
+        yield read_pieces(sys.stdin.buffer, piece_bytes)
+        return
+    with Path(source).open("rb") as file:
+        yield read_pieces(file, piece_bytes)
+
+
+def _documents(source: str, text: Documents, piece_bytes: int) -> Iterator[Iterable[Tensor]]:
+    """Each document as a sequence, piece by piece; those of one byte have nothing to predict."""
     spans = [(start, stop) for start, stop in text.spans if stop - start > 1]
     if not spans:
-        raise InputError(f"{path}: expected a file of at least two bytes below it, one to read and one to predict")
-    return (text.pieces(*span, piece_bytes) for span in spans), sum(stop - start for start, stop in spans)
-
-
-def _one_file(path: Path, piece_bytes: int) -> Iterator[Iterable[Tensor]]:
-    with path.open("rb", buffering=0) as file:
-        yield read_pieces(cast(BinaryIO, file), piece_bytes)
+        raise InputError(f"{source}: expected a document of at least two bytes, one to read and one to predict")
+    return (text.pieces(*span, piece_bytes) for span in spans)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from slimgrad.cli.training import Options, run_finetuning
+from slimgrad.cli.options import Options
+from slimgrad.cli.training import run_finetuning
 from slimgrad.errors import InputError
 from slimgrad.runs.folder import CONFIG, split_snapshot_path
 

@@ -10,7 +10,11 @@ from pathlib import Path
 from slimgrad.bytelm import open_model, pick_device, stream
 from slimgrad.cli.screen import output_is_gone
 from slimgrad.cli.words import printable
+from slimgrad.data import Documents, open_file
+from slimgrad.data.reading import read_documents
 from slimgrad.errors import InputError
+
+STDIN = "-"
 
 
 def run_generation(
@@ -63,7 +67,13 @@ def decoded(drawn: Iterator[int], start: bytes) -> Iterator[str]:
 
 
 def _read(path: Path) -> bytes:
+    """A file's bytes, decompressed where it is compressed; those of a pipe, or of standard input, as they are."""
     try:
-        return path.read_bytes()
+        if path == Path(STDIN) and not path.exists():
+            return sys.stdin.buffer.read()
+        if path.exists() and not path.is_file() and not path.is_dir():
+            return path.read_bytes()
+        text = Documents(read_documents(open_file(path).path)) if path.stat().st_size else None
     except OSError as error:
         raise InputError(f"--prompt-file {path}: expected a readable file, got: {error.strerror}") from error
+    return b"" if text is None else text.read(0, len(text)).numpy().tobytes()

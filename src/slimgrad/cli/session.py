@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from slimgrad.bytelm import (
     open_model,
     pick_device,
     plan_schedule,
+    split_corpus,
     train,
     validate,
 )
@@ -43,8 +43,10 @@ from slimgrad.cli.budgeted import peak_in_words
 from slimgrad.cli.curve import picture, sketch, smooth
 from slimgrad.cli.screen import Screen
 from slimgrad.cli.sweeping import SweepBar
+from slimgrad.cli.texts import is_path
+from slimgrad.cli.trackers import open_tracker
 from slimgrad.cli.words import megabytes, printable
-from slimgrad.data import Corpus, Windows
+from slimgrad.data import END, Corpus, Windows, as_share
 from slimgrad.errors import SlimgradError
 from slimgrad.runs.stopping import Interrupted, Stop
 
@@ -87,8 +89,8 @@ def describe(config: TrainConfig, corpus: Corpus | None, origin: str, plan: Plan
         **budget,
         "chunk": memory,
         "schedule": reason,
-        "optimiser": f"AdamW, learning rate {config.learning_rate:g} {_describe_rate(config)}, {config.precision} "
-        f"on {pick_device(config.device).type}",
+        "optimiser": f"{config.optimizer}, learning rate {config.learning_rate:g} {_describe_rate(config)}, "
+        f"{config.precision} on {pick_device(config.device).type}",
         "software": f"slimgrad {slimgrad.__version__}, torch {torch.__version__}, {_threads()}, seed {config.seed}",
     }
 
@@ -96,11 +98,15 @@ def describe(config: TrainConfig, corpus: Corpus | None, origin: str, plan: Plan
 def _describe_corpus(config: TrainConfig, corpus: Corpus | None) -> str:
     if corpus is None:
         return f"copying: sequences of {config.length:,} symbols, made as they are needed"
-    where = "from its own validation part" if corpus.validation else "the last ones"
-    return (
-        f"{corpus.name}: {len(corpus.text):,} bytes from {corpus.source}; {config.validation_bytes:,} for validation, "
-        f"{where}"
-    )
+    few = f"{len(split_corpus(config, corpus).validation):,} for validation, "
+    share = as_share(config.validation)
+    if corpus.validation is not None:
+        where = f"from {config.validation}" if is_path(config.validation) else "from its own validation part"
+    elif share is not None:
+        where = f"the last {share:.3g} of each document"
+    else:
+        where = "the last ones" if config.validation == END else "from all over it"
+    return f"{corpus.name}: {len(corpus.text):,} bytes from {corpus.source}; {few}{where}"
 
 
 def _describe_sequences(config: TrainConfig, corpus: Corpus | None) -> str:
@@ -112,15 +118,16 @@ def _describe_sequences(config: TrainConfig, corpus: Corpus | None) -> str:
     growth = f"each of {config.length:,} bytes: "
     if lengths[0] != config.length:
         growth = f"the first of {lengths[0]:,} bytes, doubling up to {config.length:,}: "
-    elif corpus is not None and config.length == len(
-        corpus.split(validation_bytes=config.validation_bytes, window=2).train
-    ):
+    elif corpus is not None and config.length == len(split_corpus(config, corpus).train):
         growth = f"each the whole training text of {config.length:,} bytes as one sequence: "
     return f"{together}{growth}{sum(lengths) * each / 1e6:.1f} MB in all"
 
 
 def _describe_rate(config: TrainConfig) -> str:
-    then = {"cosine": "then a cosine", "constant": "then constant", "drop": "a tenth of it after two thirds"}
+    then = {
+        "cosine": "then a cosine", "linear": "then a straight line", "constant": "then constant",
+        "drop": "a tenth of it after two thirds",
+    }  # fmt: skip
     return f"after {config.warmup:.0%} warm-up, {then[config.decay]}"
 
 
@@ -147,7 +154,7 @@ class Session:
         folder: RunFolder,
         *,
         plan: Plan | None = None,
-        tensorboard: bool = False,
+        log: str | None = None,
         finetuning: bool = False,
         compare: bool = True,
     ) -> None:
@@ -155,7 +162,7 @@ class Session:
         self.name = "copying" if corpus is None else corpus.name
         self.console = run_console()
         self._finetuning, self._compare = finetuning, compare
-        self._to_tensorboard = tensorboard_report(folder) if tensorboard else None
+        self._tracker = None if log is None else open_tracker(log, folder, config)
 
     def run(self, settings: dict[str, str]) -> None:
         """Train; then leave the curve, a sample, and what a gradient costs in the folder, and show them."""
@@ -198,8 +205,8 @@ class Session:
         with ExitStack() as stack:
             stack.enter_context(stop.listening())
             progress = stack.enter_context(Progress(*columns, console=console))
-            if self._to_tensorboard is not None:
-                stack.callback(self._to_tensorboard.close)
+            if self._tracker is not None:
+                stack.callback(self._tracker.close)
             ends = list(itertools.accumulate(self.config.step_lengths()))
             bar = progress.add_task("starting", total=ends[-1])
             recent: list[Row] = []
@@ -226,8 +233,8 @@ class Session:
                         f"step {row.step:>6,}  training {bits:.3f}  validation [bold]{row.validation_bits:.3f}[/] "
                         f"bits/byte, {row.validation_accuracy:.1%} right"
                     )
-                if self._to_tensorboard is not None:
-                    self._to_tensorboard(row)
+                if self._tracker is not None:
+                    self._tracker(row)
 
             try:
                 sweeps = SweepBar(progress, self.config)
@@ -298,37 +305,6 @@ def choose_prompt(text: bytes) -> bytes:
     starts = [0, *(i + 1 for i, byte in enumerate(text) if byte == ord("\n"))]
     pieces = [text[start : start + PROMPT_BYTES] for start in starts if start < len(text)]
     return max(pieces, key=lambda piece: sum(chr(byte).isalpha() for byte in piece if byte < 128))
-
-
-class TensorBoard:
-    """Rows as TensorBoard scalars, in the run's folder `tensorboard`."""
-
-    def __init__(self, path: Path, after_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(path), purge_step=after_step + 1)
-
-    def __call__(self, row: Row) -> None:
-        scalars = {
-            "training/bits_per_byte": row.bits,
-            "training/learning_rate": row.learning_rate,
-            "training/gradient_norm": row.gradient_norm,
-            "training/bytes_per_second": row.bytes_per_second,
-            "validation/bits_per_byte": row.validation_bits,
-            "validation/accuracy": row.validation_accuracy,
-        }
-        for name, value in scalars.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, row.step)
-
-    def close(self) -> None:
-        """Write what is left."""
-        self._writer.close()
-
-
-def tensorboard_report(folder: RunFolder) -> TensorBoard:
-    """Into the folder's `tensorboard`; what a resumed run does again replaces what was there."""
-    return TensorBoard(folder.path / "tensorboard", folder.snapshot.step if folder.snapshot else 0)
 
 
 def _seconds(cost: Cost) -> str:

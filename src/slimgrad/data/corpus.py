@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import warnings
@@ -17,14 +18,16 @@ from torch import Tensor
 
 from slimgrad.data.documents import Documents, FileBytes
 from slimgrad.data.fetch import fetch
-from slimgrad.data.looks import require_text
 from slimgrad.data.pydocs import pydocs
+from slimgrad.data.reading import AS_BYTES, Reading, read_documents
 from slimgrad.errors import InputError
 
 logger = logging.getLogger("slimgrad")
 PYDOCS, ENWIK8, PTB, TINYSHAKESPEARE = "pydocs", "enwik8", "ptb", "tinyshakespeare"
 KNOWN = (PYDOCS, ENWIK8, PTB, TINYSHAKESPEARE)
 _ENWIK8_TRAINING, _ENWIK8_VALIDATION = 90_000_000, 5_000_000  # the usual split; the last five million are for tests
+SPREAD, END = "spread", "end"
+_PLACES, _LEAST = 8, 1024  # stretches of a text that are held out, and bytes of each, where there are so many
 
 
 class Split(NamedTuple):
@@ -41,8 +44,8 @@ class Corpus:
     Attributes:
         name: what to call it in folders and titles.
         source: where it came from, in words.
-        text: what to train on; where `validation` is None, its end is for validation.
-        validation: the official validation part, where the corpus has one.
+        text: what to train on; where `validation` is None, some of it is for validation.
+        validation: a validation part of its own, where the corpus has one.
     """
 
     name: str
@@ -50,12 +53,15 @@ class Corpus:
     text: Documents
     validation: Documents | None = None
 
-    def split(self, *, validation_bytes: int, window: int) -> Split:
+    def split(self, *, validation_bytes: int, window: int, held_out: str = SPREAD) -> Split:
         """Training and validation.
 
         Args:
-            validation_bytes: from the start of the official part, or else cut off the end of the text; at least 2.
+            validation_bytes: from the start of the validation part, or else held out of the text; at least 2.
             window: bytes that the training part must have at least.
+            held_out: where the text has no validation part: "spread" (eight stretches from all over it, fewer where
+                they would have less than 1,024 bytes: the ends of many texts are not like the rest), "end" (its last
+                bytes), or a share such as "0.05" (that of each document, at its end; `validation_bytes` says nothing).
 
         Raises:
             InputError: the text is too short for both.
@@ -67,27 +73,76 @@ class Corpus:
         if self.validation is not None and len(self.text) >= window:
             few = min(validation_bytes, len(self.validation))
             return Split(self.text, self.validation.cut(few)[0] if few < len(self.validation) else self.validation)
+        share = as_share(held_out)
+        if share is not None:
+            validation_bytes = self.bytes_of_share(share)
         if len(self.text) < window + validation_bytes:
             raise InputError(
                 f"{self.name}: expected at least {window + validation_bytes:,} bytes (one window of {window:,} and "
                 f"{validation_bytes:,} for validation), got {len(self.text):,}. Use a longer text or a shorter --length"
             )
-        return Split(*self.text.cut(len(self.text) - validation_bytes))
+        if share is not None:
+            spans = [(stop - round(share * (stop - start)), stop) for start, stop in self.text.spans]
+        else:
+            spans = _places(len(self.text), validation_bytes, 1 if held_out == END else _PLACES, end=held_out == END)
+        return Split(*self.text.apart(spans))
+
+    def bytes_of_share(self, share: float) -> int:
+        """How many bytes that share of each document is.
+
+        Raises:
+            InputError: fewer than two.
+        """
+        found = sum(round(share * (stop - start)) for start, stop in self.text.spans)
+        if found < 2:
+            raise InputError(
+                f"{self.name}: expected a share of its documents that is at least 2 bytes, {share:g} is {found}"
+            )
+        return found
 
 
-def load_corpus(source: str | Path | None = None, *, data_dir: Path | None = None) -> Corpus:
+def as_share(held_out: str) -> float | None:
+    """The number between 0 and 1 that it is, or None."""
+    try:
+        number = float(held_out)
+    except ValueError:
+        return None
+    return number if 0 < number < 1 else None
+
+
+def _places(num_bytes: int, held_out: int, most: int, *, end: bool) -> list[tuple[int, int]]:
+    """Stretches of `held_out` bytes in all: each in the middle of its part of the text, or one at the end."""
+    if end:
+        return [(num_bytes - held_out, num_bytes)]
+    count = max(1, min(most, held_out // _LEAST))
+    edges = [i * num_bytes // count for i in range(count + 1)]
+    sizes = [(i + 1) * held_out // count - i * held_out // count for i in range(count)]
+    spans = list[tuple[int, int]]()
+    for (low, high), size in zip(itertools.pairwise(edges), sizes, strict=True):
+        start = max(low + (high - low - size) // 2, spans[-1][1] if spans else 0)
+        spans.append((start, start + size))
+    return spans
+
+
+def load_corpus(
+    source: str | Path | None = None, *, data_dir: Path | None = None, reading: Reading = AS_BYTES
+) -> Corpus:
     """A corpus with a name, or the bytes of a file or a folder.
 
     Args:
         source: one of `KNOWN` (None: "pydocs"), or a path: a `Path`, or a string, which takes a separator where it is
-            one of `KNOWN` ("./ptb"). A file is one document. Of a folder, every file below it is one, in the byte
-            order of relative paths; left out are empty ones, those of which a part begins with a dot, and the folders
-            of runs. Links are followed, but no folder is read twice.
+            one of `KNOWN` ("./ptb"). Of a folder, every file below it is read, in the byte order of relative paths;
+            left out are empty ones, those of which a part begins with a dot, and the folders of runs. Links are
+            followed, but no folder is read twice.
         data_dir: where the files of a corpus with a name lie (see `fetch`); None: fetched.
+        reading: what the documents of a file are; by default it is one, as it is, or decompressed.
 
     Raises:
-        InputError: nothing of that name, nothing to read in it, a compressed file, or it cannot be read or fetched.
+        InputError: nothing of that name, nothing to read in it, not of the format, damaged, or it cannot be read or
+            fetched.
     """
+    if reading.format != "bytes" and (source is None or (isinstance(source, str) and source in KNOWN)):
+        raise InputError(f"format={reading.format}: expected files that are read, {source or PYDOCS} is a corpus")
     if source is None or source == PYDOCS:
         return Corpus(name=PYDOCS, source="pydoc_data.topics of this Python installation", text=Documents([pydocs()]))
     if isinstance(source, str) and source in KNOWN:
@@ -102,19 +157,16 @@ def load_corpus(source: str | Path | None = None, *, data_dir: Path | None = Non
                 "nothing of that name. Check the path"
             )
         if not path.is_dir():
-            text = Documents([open_file(path)])
-            require_text(path)
-            return Corpus(name=path.stem or path.name, source=str(path), text=text)
+            open_file(path)
+            return Corpus(name=path.stem or path.name, source=str(path), text=Documents(read_documents(path, reading)))
         files, runs = _files_below(path)
     if not files:
         raise InputError(
             f"{path}: expected a folder with files to read, found none below it that is neither empty nor hidden. Name "
             "another folder"
         )
-    text = Documents([open_file(file) for file in files])
     with _reading(path):
-        for file in files:
-            require_text(file)
+        text = Documents([document for file in files for document in read_documents(open_file(file).path, reading)])
     if runs:
         those = f"{runs[0]} and {len(runs) - 1} more" if len(runs) > 1 else str(runs[0])
         logger.warning("%s: what a run writes is no part of the corpus, and left out: %s", path, those)

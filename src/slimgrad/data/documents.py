@@ -88,14 +88,8 @@ class Documents:
         """Bytes `start` to `stop` of the concatenation: a view where one tensor holds them, else a copy."""
         if not 0 <= start <= stop <= len(self):
             raise InputError(f"expected 0 <= start <= stop <= {len(self):,}, got {start:,} and {stop:,}")
-        pieces: list[Tensor] = []
-        index = bisect.bisect_right(self._ends, start)
-        while start < stop:
-            document, end = self.documents[index], self._ends[index]
-            offset = end - len(document)
-            piece = document[start - offset : min(stop, end) - offset]
-            pieces.append(piece if isinstance(piece, Tensor) else piece.read())
-            start, index = min(stop, end), index + 1
+        between = self._between(start, stop)
+        pieces = [piece if isinstance(piece, Tensor) else piece.read() for piece in between]
         if len(pieces) == 1:
             return pieces[0]
         return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
@@ -113,13 +107,28 @@ class Documents:
         """The bytes before `at`, and those from there on; a document across the cut becomes two."""
         if not 0 < at < len(self):
             raise InputError(f"expected a cut within the {len(self):,} bytes, got {at:,}")
-        before: list[Tensor | FileBytes] = []
-        after: list[Tensor | FileBytes] = []
-        for document, end in zip(self.documents, self._ends, strict=True):
-            inside = min(max(at - (end - len(document)), 0), len(document))
-            before.extend([document[:inside]] if inside else [])
-            after.extend([document[inside:]] if inside < len(document) else [])
-        return Documents(before), Documents(after)
+        return self.apart([(at, len(self))])
+
+    def apart(self, spans: Sequence[tuple[int, int]]) -> tuple[Documents, Documents]:
+        """What is left, and the stretches `spans`: `(start, stop)`, in order, without overlap, not all there is.
+
+        A document across an edge becomes several.
+        """
+        left: list[Tensor | FileBytes] = []
+        taken: list[Tensor | FileBytes] = []
+        edges = [0, *itertools.chain(*spans), len(self)]
+        for index, (start, stop) in enumerate(itertools.pairwise(edges)):
+            (taken if index % 2 else left).extend(self._between(start, stop))
+        return Documents(left), Documents(taken)
+
+    def _between(self, start: int, stop: int) -> Iterator[Tensor | FileBytes]:
+        """The documents, or parts of them, that lie there; none of them is empty."""
+        index = bisect.bisect_right(self._ends, start)
+        while start < stop:
+            document, end = self.documents[index], self._ends[index]
+            offset = end - len(document)
+            yield document[start - offset : min(stop, end) - offset]
+            start, index = min(stop, end), index + 1
 
     def sha256(self) -> str:
         """Of the concatenation, read piece by piece."""

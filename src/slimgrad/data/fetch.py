@@ -10,7 +10,6 @@ The cache is `SLIMGRAD_DATA`, or else the user's cache folder. Progress is shown
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 import zipfile
 import zlib
@@ -20,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimgrad.data.cache import cache_folder, sha256_of, writing
 from slimgrad.errors import InputError
 from slimgrad.extras import require_extra
 
 if TYPE_CHECKING:
     from requests import RequestException, Response
 
-CACHE_VARIABLE = "SLIMGRAD_DATA"
 _PIECE = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
 
@@ -129,7 +128,7 @@ def _verified(file: RemoteFile, path: Path) -> Path:
     """The file that was found at `path` in the user's folder, unpacked where it is the zip file."""
     zipped = file.zip_sha256 is not None and path.name == file.zip_name
     expected = file.zip_sha256 if zipped else file.sha256
-    found = _sha256(path)
+    found = sha256_of(path)
     if found != expected:
         raise InputError(
             f"{path}: expected sha256 {expected}, found {found}: damaged, or another file. Get it again from "
@@ -137,19 +136,19 @@ def _verified(file: RemoteFile, path: Path) -> Path:
         )
     if not zipped:
         return path
-    unpacked = _cache() / file.name
+    unpacked = cache_folder() / file.name
     if not _holds(unpacked, file.sha256):
-        with _writing(unpacked):
+        with writing(unpacked):
             if not _holds(unpacked, file.sha256):
                 _unpack(path, unpacked, file.sha256)
     return unpacked
 
 
 def _from_cache(file: RemoteFile) -> Path:
-    path = _cache() / file.name
+    path = cache_folder() / file.name
     if _holds(path, file.sha256):
         return path
-    with _writing(path):
+    with writing(path):
         if _holds(path, file.sha256):  # another process was faster
             return path
         if file.zip_sha256 is None:
@@ -163,28 +162,6 @@ def _from_cache(file: RemoteFile) -> Path:
             archive.unlink(missing_ok=True)
             raise
     return path
-
-
-def _cache() -> Path:
-    import pooch
-
-    return Path(os.environ.get(CACHE_VARIABLE) or pooch.os_cache("slimgrad")).expanduser()
-
-
-@contextmanager
-def _writing(path: Path) -> Generator[None]:
-    """Be the only process that writes this file into the cache."""
-    from filelock import FileLock
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):
-            yield
-    except OSError as error:
-        raise InputError(
-            f"{path}: expected a cache to write to, got: {error.strerror or error}. Free some space, or name another "
-            f"folder in the environment variable {CACHE_VARIABLE}"
-        ) from error
 
 
 def _download(file: RemoteFile, path: Path, sha256: str) -> None:
@@ -267,14 +244,4 @@ def _unpack(archive: Path, path: Path, sha256: str) -> None:
 
 
 def _holds(path: Path, sha256: str) -> bool:
-    return path.is_file() and _sha256(path) == sha256
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(
-            f"{path}: expected a readable file, got: {error.strerror or error}. Check its rights"
-        ) from error
+    return path.is_file() and sha256_of(path) == sha256

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from slimgrad.api import backward, evaluate
 from slimgrad.budget.measure import MALLOC
-from slimgrad.bytelm import TrainConfig
+from slimgrad.bytelm import TrainConfig, split_corpus
 from slimgrad.bytelm.gradient import Method, add_gradient
 from slimgrad.data import Batch
 from slimgrad.models import Performer
@@ -124,7 +124,7 @@ def adapt(
     model, config = open_finished(run)
     model.to(device)
     text = load_text(corpus, data_dir)
-    validation = text.split(validation_bytes=config.validation_bytes, window=config.length).validation
+    validation = split_corpus(config, text, window=config.length).validation
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(len(validation) - config.length, (first + count,), generator=generator)[first:].tolist()
     weights = [parameter.detach().clone() for parameter in model.parameters()]

@@ -30,7 +30,7 @@ from torch import Tensor
 from slimgrad.api import backward
 from slimgrad.bytelm import TrainConfig
 from slimgrad.call.losses import cross_entropy_sum
-from slimgrad.data import load_corpus
+from slimgrad.data import END, load_corpus
 from slimgrad.models import Performer, PerformerConfig
 from slimgrad.paper.programme import Point, Row
 from slimgrad.paper.regimes import open_finished, train_regime
@@ -56,8 +56,9 @@ def precision_points(*, quick: bool = False) -> list[Point]:
     chunks = (64, 1024) if quick else tuple(1 << i for i in range(4, 14))
     steps = 20 if quick else 400
     training = TrainConfig(
-        model=_MODEL, length=1024, steps=steps, chunk=1024, learning_rate=3e-3, eval_every=steps, save_every=steps
-    )
+        model=_MODEL, length=1024, steps=steps, chunk=1024, learning_rate=3e-3, eval_every=steps, save_every=steps,
+        validation=END,  # as when the committed rows were measured
+    )  # fmt: skip
     points = [
         Point(
             experiment=EXPERIMENT,

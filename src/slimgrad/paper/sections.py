@@ -21,17 +21,20 @@ _SEVERAL = 1.5  # decades of a logarithmic axis
 _CROWD = 7  # ticks
 _OTHER_SEEDS = "plain, other seeds"
 
+_SPIKE, _SETTLED = 1.0, 0.1  # bits that a group of steps rises by; share of the steps before which none is told
+_UNKNOWN = """<p class="soft">The paper shows its own measurements as curves, taken on one GPU; their values are not
+given as numbers, so none are set beside these.</p>"""
+
 Columns = dict[str, tuple[str, Show]]
 _TRADEOFF = """<p>One gradient of batch 1 over random tokens. Memory is the process' peak above parameters and
 gradients, each point in a process of its own. Malloc is glibc's: <i>default</i>; <i>returned</i>, where freed blocks
 from 1 MiB up go back to the system (<code>MALLOC_MMAP_THRESHOLD_=1048576</code>), so that the figure is what is in
 use; and <i>warm</i>, where nothing goes back. <i>checkpoint</i>: each layer computed twice. Times are medians of
 rounds in which plain backpropagation and every other way took turns; seconds in the memory tables are of one gradient
-in a cold process. Predictions are the formulas of <code>slimgrad.paper.tradeoff</code>; in the figures they are
-dotted, and dashed lines are plain backpropagation. What the formulas leave out: plain backpropagation's gradients come
-to be while its graph is already going, so that less than predicted is added to them; small chunks have fixed costs of
-some megabytes; and blocks below 1 MiB, as a chunk's activations at small C are, stay in malloc's heap, with holes
-between them.</p>"""
+in a cold process. Predictions are the formulas of <code>slimgrad.paper.tradeoff</code>. What the formulas leave out:
+plain backpropagation's gradients are made while its graph is already going, so that less than predicted is added to
+them; small chunks have fixed costs of some megabytes; and blocks below 1 MiB, as a chunk's activations at small C are,
+stay in malloc's heap, with holes between them.</p>"""
 _TIMES: Columns = {
     "malloc": ("malloc", words), "form": ("form", words), "method": ("way", words), "chunk": ("C", whole),
     "rounds": ("rounds", whole), "seconds": ("seconds", fixed(2)), "of_plain_time": ("of plain's time", fixed(2)),
@@ -45,7 +48,7 @@ _COSTS: Columns = {
     "seconds": ("seconds, cold", fixed(2)), "note": ("", words),
 }  # fmt: skip
 _PRECISION = """<p>Error of a gradient: its distance from the float64 gradient, over that gradient's length. Plain
-float32's own error stands beside it: what the arithmetic itself costs. <i>subtracted</i>: Algorithm 1 as published,
+float32's own error is beside it: what the arithmetic itself costs. <i>subtracted</i>: Algorithm 1 as published,
 whose state is rolled back by subtracting what was added. The float64 truth is plain backpropagation's up to 131,072
 tokens (slimgrad in float64 is at most {largest} off it), beyond that slimgrad's in float64. Errors are means over the
 stretches of text that were taken, ratios are of those means; <i>least</i> and <i>most</i> are of one stretch. The
@@ -120,7 +123,7 @@ def tradeoff(costs: list[Row], times: list[Row]) -> str:
     """Memory over the chunk, measured and predicted; time over plain's."""
     if not costs and not times:
         return ""
-    parts = [_TRADEOFF]
+    parts = [_TRADEOFF, _UNKNOWN]
     for name in dict.fromkeys(entry["configuration"] for entry in (*costs, *times)):
         own = [entry for entry in costs if entry["configuration"] == name]
         timed = [entry for entry in times if entry["configuration"] == name]
@@ -140,7 +143,7 @@ def precision(entries: list[Row], drifts: list[Row], rows: list[Row]) -> str:
         return ""
     off = [row["result"]["truth_off"] for row in rows if row["experiment"] == PRECISION and "chunks" in row["task"]]
     largest = max((value for value in off if value is not None), default=math.nan)
-    parts = [_PRECISION.format(largest=f"{largest:.0e}")]
+    parts = [_PRECISION.format(largest=f"{largest:.0e}"), _UNKNOWN]
     for weights in dict.fromkeys(entry["weights"] for entry in entries):
         own = {over: [e for e in entries if e["weights"] == weights and e["over"] == over] for over in _AXES}
         drawings = [_draw_errors(own[over], *axis) for over, axis in _AXES.items() if own[over]]
@@ -159,19 +162,39 @@ def compatibility(entries: list[Row], rows: list[Row]) -> str:
         parts += [
             f"<h3>{html.escape(task)}: {own[0]['length']:,} tokens a step</h3>",
             figure(f"training on {task}", *_draw_runs(runs), height=4.0),
+            _spikes(runs),
             table(own, _RUNS),
             f"<p>The preset: as published, {preset_of(task).steps:,} steps.</p>",
         ]
     if parts:
-        parts.insert(0, _COMPATIBILITY)
+        parts.insert(0, _COMPATIBILITY + _UNKNOWN)
     return "".join(parts)
+
+
+def _spikes(runs: list[Row]) -> str:
+    """Where a curve of one seed jumps up, in words, since a reader will ask whether its gradient was wrong."""
+    found: list[str] = []
+    for row in runs:
+        steps, bits = row["result"]["steps"], row["result"]["bits"]
+        rises = [(after - before, at) for before, after, at in zip(bits, bits[1:], range(1, len(bits)), strict=False)]
+        late = [(rise, at) for rise, at in rises if steps[at] > _SETTLED * steps[-1]]
+        rise, at = max(late, default=(0.0, 0))
+        if rise > _SPIKE:
+            found.append(f"{html.escape(regime_name(row['labels']))} at step {steps[at]:,} ({bits[at]:.2f} bits)")
+    if not found:
+        return ""
+    return (
+        f"<p>Spikes: {'; '.join(found)}. A spike in a chunked run alone would be a fault; whether plain "
+        "backpropagation has it too when it begins from the same state is what <code>python -m "
+        "benchmarks.spike</code> measures.</p>"
+    )
 
 
 def finetuning(entries: list[Row]) -> str:
     """The table of what one step is worth."""
     if not entries:
         return ""
-    return _FINETUNING + table(entries, _STEPS)
+    return _FINETUNING + _UNKNOWN + table(entries, _STEPS)
 
 
 def horizon(entries: list[Row], rows: list[Row]) -> str:
@@ -212,7 +235,8 @@ def lengths(entries: list[Row]) -> str:
                 own = [e for e in entries if e["state"] == state and e["method"] == method and e["peak_mb"] > 0]
                 label = state if method == "chunked" else None
                 axes.plot([e["length"] for e in own], [e["peak_mb"] for e in own], line, color=colour, label=label)
-        axes.set(xlabel="tokens", ylabel="peak, MB (dashed: plain)", xscale="log", yscale="log")
+        axes.plot([], [], "--", color=COLOURS[-1], label="plain backpropagation")
+        axes.set(xlabel="tokens", ylabel="peak, MB", xscale="log", yscale="log")
 
     return _LENGTHS + figure("memory against length", draw) + table(entries, _SIZES)
 
@@ -225,7 +249,7 @@ def schedules(entries: list[Row]) -> str:
 
 
 def _at_chunk(costs: list[Row], times: list[Row], chunk: int) -> str:
-    """What stands at one chunk, in words: the figure that people ask for first."""
+    """What was measured at one chunk, in words: the figure that people ask for first."""
     memory = [
         f"{entry['of_plain_memory']:.3f} of plain's memory ({entry['peak_mb']:.0f} MB, malloc {entry['malloc']})"
         for entry in costs
@@ -254,6 +278,8 @@ def _draw_memory(costs: list[Row]) -> Callable[[Any], None]:
             for entry in own:
                 if entry["method"] == "plain" and not math.isnan(entry["peak_mb"]):
                     axes.axhline(entry["peak_mb"], color=colour, linestyle="--", linewidth=1)
+        axes.plot([], [], ":", color=COLOURS[-1], label="predicted")
+        axes.plot([], [], "--", color=COLOURS[-1], linewidth=1, label="plain backpropagation")
         axes.set(ylabel="peak, MB", yscale="log")
         _chunk_axis(axes, {entry["chunk"] for entry in costs})
 
@@ -270,8 +296,9 @@ def _draw_times(times: list[Row]) -> Callable[[Any], None]:
             chunks = [entry["chunk"] for entry in own]
             axes.plot(chunks, [e["of_plain_time"] for e in own], "o-", color=colour, label=f"{form}, {malloc}")
         own = sorted((e for e in times if e["method"] == "chunked"), key=lambda e: e["chunk"])
-        axes.plot([e["chunk"] for e in own], [e["predicted_flops"] for e in own], ":", color=COLOURS[-1], label="FLOPs")
-        axes.axhline(1, color=COLOURS[-1], linestyle="--", linewidth=1)
+        flops = [entry["predicted_flops"] for entry in own]
+        axes.plot([entry["chunk"] for entry in own], flops, ":", color=COLOURS[-1], label="FLOPs, predicted")
+        axes.axhline(1, color=COLOURS[-1], linestyle="--", linewidth=1, label="plain backpropagation")
         axes.set(ylabel="time of plain's")
         _chunk_axis(axes, {entry["chunk"] for entry in own})
 

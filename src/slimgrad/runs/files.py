@@ -6,6 +6,7 @@ a kill or a power cut there is the old content or the new, never a part of it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Generator
@@ -15,6 +16,9 @@ from pathlib import Path
 from slimgrad.errors import StorageError
 
 PARTIAL = ".partial-"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without locks say
+_NOT_THERE = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # what file systems say of what they cannot do
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -36,16 +40,23 @@ def storage_errors(path: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{path}: expected to write it, got: {error.strerror or error}. Free some space") from error
+        advice = "Free some space" if error.errno in _FULL else "Check the folder's rights"
+        if not path.parent.exists():
+            advice = f"{path.parent} is gone: it was moved, renamed or removed meanwhile. Put it back"
+        raise StorageError(f"{path}: expected to write it, got: {error.strerror or error}. {advice}") from error
 
 
 def push_to_disk(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk (of folders: where the system can)."""
-    if path.is_dir() and os.name == "nt":
+    """Wait until a file's bytes, or a folder's names, are on the disk (of folders: where the file system can)."""
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (is_folder and error.errno in _NOT_THERE):
+            raise
     finally:
         os.close(descriptor)
 

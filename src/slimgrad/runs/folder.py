@@ -14,6 +14,7 @@ subclass that says what its rows are and what its record must hold.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
@@ -25,13 +26,14 @@ from torch import nn
 
 from slimgrad.errors import InputError
 from slimgrad.extras import require_extra
-from slimgrad.runs.files import PARTIAL, write_atomically
+from slimgrad.runs.files import NO_LOCKS, PARTIAL, write_atomically
 from slimgrad.runs.journal import Journal, R
 from slimgrad.runs.snapshot import DIVERGED, RECORD, SUPERSEDED, Snapshot, list_snapshots, read_snapshot, save_snapshot
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
+logger = logging.getLogger("slimgrad")
 CONFIG, METRICS, SNAPSHOTS, _LOCK = "config.json", "metrics.jsonl", "snapshots", ".lock"
 
 
@@ -257,5 +259,7 @@ def _locked(path: Path) -> FileLock:
     except Timeout as error:
         raise InputError(f"{path}: another process works on this run. Wait for it, or stop it first") from error
     except OSError as error:
-        raise InputError(f"{path}: expected a folder to write to, got: {error.strerror or error}") from error
+        if error.errno not in NO_LOCKS:
+            raise InputError(f"{path}: expected a folder to write to, got: {error.strerror or error}") from error
+        logger.warning("%s: this file system has no locks. Let no other process work on the run meanwhile", path)
     return lock

@@ -27,14 +27,12 @@ def require_extras(settings: Settings) -> None:
         MissingExtraError: with the command that installs it.
     """
     require_extra("hf", "slimgrad finetune of a Hugging Face model")
-    if settings.logging == "tensorboard":
-        require_extra("tensorboard", "--logging tensorboard")
-    for name, wanted, what in (
-        ("bitsandbytes", settings.bits is not None, "--bits 4"),
-        ("trackio", settings.logging == "trackio", "--logging trackio"),
-    ):
-        if wanted and importlib.util.find_spec(name) is None:
-            raise MissingExtraError(f"{what}: expected {name}, which is not installed. Run: pip install {name}")
+    if settings.log != "none":
+        require_extra(settings.log, f"--log {settings.log}")
+    if settings.bits is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError(
+            "--bits 4: expected bitsandbytes, which is not installed. Run: pip install bitsandbytes"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from slimgrad.sweep.schedules.names import parse_schedule
 ADAPTER_RATE, FULL_RATE = 2e-4, 2e-5
 LOGGERS = ("none", "tensorboard", "trackio")
 # decide how a gradient is computed, or what is told of it; not which gradient
-HOW = ("chunk", "memory", "rows", "schedule", "gradient_checkpointing", "logging", "save_every", "device")
+HOW = ("chunk", "memory", "rows", "schedule", "gradient_checkpointing", "log", "save_every", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Settings:
         eval: documents to evaluate on, before and after.
         eval_share: or that share of the documents.
         save_every: steps between checkpoints; None: about ten in all.
-        logging: "none", "tensorboard" or "trackio".
+        log: "none", "tensorboard" or "trackio".
         device: "cpu", "cuda", or "auto": the GPU where there is one.
     """
 
@@ -74,7 +74,7 @@ class Settings:
     eval: str | None = None
     eval_share: float | None = None
     save_every: int | None = None
-    logging: str = "none"
+    log: str = "none"
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class Settings:
         _require("eval_share", self.eval_share, lambda x: 0 < x < 1, "a share between 0 and 1")
         _require("bits", self.bits, lambda x: x == 4, "4")
         for name, known in (
-            ("rows", ("device", "host")), ("dtype", ("float32", "bfloat16")), ("logging", LOGGERS),
+            ("rows", ("device", "host")), ("dtype", ("float32", "bfloat16")), ("log", LOGGERS),
             ("device", ("auto", "cpu", "cuda")),
         ):  # fmt: skip
             _require(name, getattr(self, name), known.__contains__, f"one of {', '.join(known)}")

@@ -123,7 +123,7 @@ def arguments(settings: Settings, folder: Path, *, steps: int, dtype: torch.dtyp
         include_num_input_tokens_seen="non_padding",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to=settings.logging,
+        report_to=settings.log,
         disable_tqdm=True,
         save_steps=settings.save_every or math.ceil(steps / _SAVES),
         save_strategy="steps",

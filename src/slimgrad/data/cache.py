@@ -1,0 +1,64 @@
+"""The folder that holds what was fetched or made once: `SLIMGRAD_DATA`, or else the user's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slimgrad.errors import InputError
+from slimgrad.runs.files import NO_LOCKS
+
+CACHE_VARIABLE = "SLIMGRAD_DATA"
+
+
+def cache_folder() -> Path:
+    """Where it is; it need not be there yet."""
+    import pooch
+
+    return Path(os.environ.get(CACHE_VARIABLE) or pooch.os_cache("slimgrad")).expanduser()
+
+
+@contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Be the only process that writes this file into the cache.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
+    from filelock import FileLock
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        try:
+            lock.acquire()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:  # else two processes may both write it: to the same bytes
+                raise
+        try:
+            yield
+        finally:
+            lock.release()
+    except OSError as error:
+        raise InputError(
+            f"{path}: expected a cache to write to, got: {error.strerror or error}. Free some space, or name another "
+            f"folder in the environment variable {CACHE_VARIABLE}"
+        ) from error
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(
+            f"{path}: expected a readable file, got: {error.strerror or error}. Check its rights"
+        ) from error
