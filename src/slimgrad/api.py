@@ -22,6 +22,7 @@ from slimgrad.call.outputs import loss_of, outputs_of
 from slimgrad.call.parallel import one_thread_at_a_time, refuse_unsynchronised
 from slimgrad.call.program import LossFn
 from slimgrad.call.protocol import require_causal_model
+from slimgrad.call.together import join
 from slimgrad.gradients.sink import Sink
 from slimgrad.sweep.compiled import not_traced
 from slimgrad.sweep.program import OnChunk
@@ -44,6 +45,7 @@ def backward(
     normalizer: Normalizer = "targets",
     state: Any = None,
     final_state_grad: Any = None,
+    final_states: bool = False,
     on_chunk: OnChunk | None = None,
     sink: Mapping[str, Sink] | None = None,
 ) -> Result:
@@ -55,7 +57,8 @@ def backward(
     Args:
         model: a causal model (see `CausalModel`).
         inputs: a tensor `[batch, time, ...]`, a pytree (dicts, tuples) of them, a `Reader`, or a list of these, each of
-            which starts from the initial state (packed documents; 1-D tensors stand for a batch of one).
+            which starts from the initial state (packed documents; 1-D tensors are batches of one). Documents of nearby
+            lengths that fit into a chunk go through together, padded, where nothing could tell (see `final_states`).
         targets: likewise; -100 is ignored. None: the next token, the last having no target.
         context: passed whole to every chunk as the model's third argument (images, an encoder's output).
         chunk: tokens whose graph lives at once; a remainder of one token joins the chunk before it.
@@ -71,6 +74,9 @@ def backward(
             theirs, like those of inputs and context.
         final_state_grad: the gradient of the final state, from whoever goes on with it: the state's tree, with a
             tensor or None for each leaf.
+        final_states: of a list, run each document by itself and keep the state after it. So it is anyway where `state`,
+            `context`, `loss_fn`, `on_chunk` or a budget is given, where an input is not a tensor of tokens, and where
+            rows of a batch are not independent of each other or something is drawn at random.
         on_chunk: called with an `Event` after every chunk.
         sink: by parameter name, a function that takes each chunk's gradient of it; nothing of it then reaches `.grad`.
             Whatever is linear in the gradient (a projection, a selection of columns) stays exact.
@@ -96,17 +102,13 @@ def backward(
     refuse_unsynchronised(model)
     options = Options(context, DEFAULT_CHUNK, schedule, loss_fn or cross_entropy_sum, normalizer, state, on_chunk)
     request = Request(model, inputs, targets, options, sink)
-    call = Call(
-        model,
-        inputs,
-        targets,
-        decide(request, chunk=chunk, memory=memory, plan=plan),
-        gathers=True,
-        sink=sink,
-        collect_in="reverse",
-    )
+    options = decide(request, chunk=chunk, memory=memory, plan=plan)
+    joined = None if final_states or final_state_grad is not None else join(model, inputs, targets, options)
+    if joined is not None:
+        inputs, targets, _ = joined
+    call = Call(model, inputs, targets, options, gathers=True, sink=sink, collect_in="reverse")
     call.require_something_to_differentiate()
-    final_states: list[Any] = []
+    after: list[Any] = []
     initial_grads: list[Any] = []
     with one_thread_at_a_time(model):
         for index, gradient in enumerate(call.one_per_sequence(final_state_grad)):
@@ -117,9 +119,10 @@ def backward(
             if index == 0:
                 call.refuse_gathered()
             initial_grads.append(started.reverse(everywhere(call.loss_grad)))
-            final_states.append(started.run.progress.final_state)
+            after.append(started.run.progress.final_state)
         call.deliver(initial_grads)
-    return call.result(final_states, initial_grads)
+    result = call.result(after, initial_grads)
+    return result if joined is None else joined.result(result)
 
 
 def plan(
@@ -167,6 +170,7 @@ def evaluate(
     loss_fn: LossFn | None = None,
     normalizer: Normalizer = "targets",
     state: Any = None,
+    final_states: bool = False,
     on_chunk: OnChunk | None = None,
 ) -> Result:
     """The loss alone, forward only, in memory of one chunk's activations without a graph.
@@ -176,11 +180,14 @@ def evaluate(
     """
     options = Options(context, DEFAULT_CHUNK, None, loss_fn or cross_entropy_sum, normalizer, state, on_chunk)
     request = Request(model, inputs, targets, options, head=True, differentiates=False)
-    call = Call(model, inputs, targets, decide(request, chunk=chunk, memory=memory, plan=plan))
-    final_states = [
-        call.start(index, differentiates=False).run.forward(head=True) for index in range(len(call.sequences))
-    ]
-    return call.result(final_states, None)
+    options = decide(request, chunk=chunk, memory=memory, plan=plan)
+    joined = None if final_states else join(model, inputs, targets, options)
+    if joined is not None:
+        inputs, targets, _ = joined
+    call = Call(model, inputs, targets, options)
+    after = [call.start(index, differentiates=False).run.forward(head=True) for index in range(len(call.sequences))]
+    result = call.result(after, None)
+    return result if joined is None else joined.result(result)
 
 
 @not_traced
@@ -224,6 +231,9 @@ def _loss(
     gathers = _wants_gradients()
     request = Request(model, inputs, targets, options, head=True, differentiates=gathers)
     options = decide(request, chunk=chunk, memory=memory, plan=plan)
+    joined = join(model, inputs, targets, options)
+    if joined is not None:
+        inputs, targets, _ = joined
     return loss_of(Call(model, inputs, targets, options, gathers=gathers))
 
 

@@ -51,9 +51,16 @@ class Options(NamedTuple):
     plan: Plan | None = None  # what a budget bought, where chunk and schedule come from one
 
 
-@dataclass(frozen=True, kw_only=True)
+class NotKept:
+    """In the place of what was not kept of a list of documents."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Result:
     """What a call found. For a list of sequences, the last three are lists.
+
+    Of documents that went through together there are no states: reading the two raises `InputError`. A call with
+    `final_states=True` keeps them.
 
     Attributes:
         loss: summed loss over the normaliser, a 0-d tensor without a graph.
@@ -71,9 +78,18 @@ class Result:
     metrics: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     schedule: Schedule | None = None
     plan: Plan | None = None
-    final_state: Any = None
-    initial_state_grad: Any = None
+    final_state: Any = field(default=None, repr=False)
+    initial_state_grad: Any = field(default=None, repr=False)
     input_grads: Any = None
+
+    def __getattribute__(self, name: str) -> Any:
+        found = object.__getattribute__(self, name)
+        if found is NotKept:
+            raise InputError(
+                f"{name}: documents of a list go through together, and what their states are after them is not kept; "
+                "expected final_states=True in the call, which runs each document by itself"
+            )
+        return found
 
 
 @dataclass

@@ -252,6 +252,7 @@ def _swept(subject: Subject, chunk: int, schedule: Schedule | None) -> Outcome:
             chunk=chunk,
             schedule=schedule,
             loss_fn=_measured_not_refused(subject.loss_fn) if subject.loss_fn else cross_entropy_sum,
+            final_states=True,
         )
     gradients: Gradients = {"parameter": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
     for p in model.parameters():
