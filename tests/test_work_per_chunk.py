@@ -95,7 +95,17 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gates": lambda: Gated(32),
     "cache": lambda: Cached(32),
 }
-LIMITS: dict[str, dict[str, float]] = {}
+LIMITS: dict[str, dict[str, float]] = {
+    "Performer": {
+        "operations": 1154, "flops": 3838976, "bytes made": 580220, "bytes saved": 127236, "python calls": 3555,
+    },
+    "gates": {
+        "operations": 264, "flops": 1376256, "bytes made": 528308, "bytes saved": 121476, "python calls": 1082,
+    },
+    "cache": {  # of chunks 7 to 14: its attention grows with what is before them
+        "operations": 215, "flops": 2785280, "bytes made": 428108, "bytes saved": 103684, "python calls": 1069,
+    },
+}  # fmt: skip
 
 
 def per_chunk(model: nn.Module, count: Callable[[Callable[[], None]], int]) -> float:
@@ -125,6 +135,6 @@ def test_a_wasted_operation_is_counted() -> None:
             return super().forward(inputs.clone().clone().clone(), state)
 
     config = PerformerConfig(layers=2, width=32, heads=2)
-    for what, least in (("operations", 6), ("bytes made", 6 * CHUNK * 8)):
+    for what, least in (("operations", 3), ("bytes made", 3 * CHUNK * 8)):
         count = COUNTS[what]
         assert per_chunk(Wasteful(config), count) >= per_chunk(Performer(config), count) + least
