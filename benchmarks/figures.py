@@ -69,6 +69,26 @@ def speed_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def bf16_table(results: dict[str, Any]) -> str:
+    """Time and error of one gradient in bfloat16 beside float32, plain and chunked."""
+    lines = [
+        "| configuration | tokens | chunk | gradient | float32, s | bf16, s | float32's error | bf16's error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows = {(row["model"], row["way"], row["precision"]): row for row in results["rows"]}
+    for (model, way, precision), wide in rows.items():
+        if precision == "float32":
+            narrow = rows[model, way, "bf16"]
+            chunk = "" if way == "plain" else f"{wide['chunk']:,}"
+            lines.append(
+                f"| {model} | {wide['length']:,} | {chunk} | {way} | {wide['seconds']:.2f} | {narrow['seconds']:.2f} | "
+                f"{wide['error']:.1e} | {narrow['error']:.1e} |"
+            )
+    same = [row["model"] for row in rows.values() if row.get("same_bits")]
+    lines += ["", f"`Rebuild()` and `Keep()` agree in every bit in bfloat16: {', '.join(same) or 'nowhere'}."]
+    return "\n".join(lines)
+
+
 def training_table(results: dict[str, Any]) -> str:
     """Bits per byte of each run, and how far its curve is from plain backpropagation's."""
     lines = [
@@ -182,6 +202,7 @@ def huggingface_line(row: dict[str, Any], plain: dict[str, Any] | None) -> str:
 TABLES = {
     "memory": memory_table,
     "speed": speed_table,
+    "bf16": bf16_table,
     "training": training_table,
     "streaming": streaming_table,
     "small_device": small_device_table,
