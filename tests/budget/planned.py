@@ -20,7 +20,7 @@ from slimgrad.call.losses import cross_entropy_sum, token_cross_entropy
 
 HELD = 100 << 20  # what the process is said to hold
 PLENTY = 16 << 30
-NOT_ALIVE = ("allocator", "weights", "everything else that was there")
+NOT_ALIVE = ("allocator", "nodes of graphs", "weights", "everything else that was there")
 CPU = torch.device("cpu")
 
 

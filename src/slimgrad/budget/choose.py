@@ -238,6 +238,9 @@ class Chooser:
         in_heap = costs.bytes if self.slack.keeps else costs.small
         small = of(name, number, in_heap) + taped(number, in_heap) + account["state and adjoint"]
         account["allocator"] = self.slack.of(live, small)
+        if costs.graph is not None:  # the allocator's share was measured with as many nodes as there are small blocks
+            nodes = (tape + 1) * costs.graph(chunk, costs.given + cut[count - 1][0])
+            account["nodes of graphs"] = max(0, int(nodes - min(1.0, self.slack.small) * small))
         return Way(chunk, schedule, account, self._seconds(chunk, schedule))
 
     def _rows(self, length: int, chunk: int) -> int:

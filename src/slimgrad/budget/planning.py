@@ -19,9 +19,9 @@ from torch import nn
 from slimgrad.budget.available import fault_seconds, free_bytes, held_bytes, slack, slacks, use_malloc
 from slimgrad.budget.choose import Chooser, Slack, Way, Work, reasons, too_small
 from slimgrad.budget.plan import Plan
-from slimgrad.budget.probe import PROBED_TAPE, MakeCall, Prober, as_it_was, tokens_between
+from slimgrad.budget.probe import PROBED_TAPE, MakeCall, Prober, as_it_was
 from slimgrad.budget.process import resident_bytes
-from slimgrad.budget.request import Request, lengths_of, use_of
+from slimgrad.budget.request import Request, lengths_of, tokens_between, use_of
 from slimgrad.budget.size import parse_bytes
 from slimgrad.call.arguments import DEFAULT_CHUNK, Call, Options, logger
 from slimgrad.call.model import device_of

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from slimgrad.budget.fit import SHRUNK, Fit, Point, Small
 from slimgrad.budget.live import LiveBytes
+from slimgrad.budget.process import malloc_bytes
 from slimgrad.call.arguments import Call, Started
 from slimgrad.states import raw_tensor
 from slimgrad.states.base import Root, State
@@ -55,6 +56,7 @@ class Costs:
         along: each token's outputs or losses with their gradients, where they are collected, and gradients of inputs.
         gradients: the buffers in which the parameters' gradients gather.
         records: 64-bit checksums of each chunk.
+        graph: of a chunk's graph what is no tensor: its nodes. Of a model that loops over tokens they are many.
     """
 
     bytes: dict[str, Fit] = field(default_factory=dict[str, Fit])
@@ -71,6 +73,7 @@ class Costs:
     along: float = 0.0
     gradients: int = 0
     records: int = 0
+    graph: Fit | None = None
 
 
 class Prober:
@@ -92,6 +95,7 @@ class Prober:
         self._head, self._differentiates, self._threshold = head, differentiates, threshold
         self._points: dict[str, dict[str, list[Point]]] = {"bytes": {}, "large": {}, "seconds": {}}
         self._small: dict[str, list[list[Point]]] = {}  # of each name, for each of SHRUNK
+        self._left: list[Point] = []  # what a chunk on the tape leaves in malloc's books, tensors included
         self.costs = Costs()
         self.sizes: list[int] = []
         self.states: dict[int, Any] = {}
@@ -124,6 +128,9 @@ class Prober:
         for what, fits in (("bytes", costs.bytes), ("large", costs.large), ("seconds", costs.seconds)):
             for name, points in self._points[what].items():
                 fits[name] = Fit(points, grows=costs.rows > 0, seconds=what == "seconds", reach=costs.reach)
+        kept = {point.chunk: point.value for point in self._points["bytes"].get("kept", ())}
+        nodes = [Point(c, p, max(0.0, value - kept[c])) for c, p, value in self._left if c in kept]
+        costs.graph = Fit(nodes, grows=costs.rows > 0, reach=costs.reach) if nodes else None
         for name, series in self._small.items():
             costs.small[name] = Small([Fit(points, grows=costs.rows > 0, reach=costs.reach) for points in series])
 
@@ -202,7 +209,7 @@ class Prober:
             del vars(program)[name]
 
     def _time(self, make: MakeCall, chunk: int, tokens: int) -> None:
-        last, on_the_way = 0.0, dict[int, float]()
+        last, on_the_way, in_use = 0.0, dict[int, float](), dict[int, int | None]()
 
         def on_chunk(event: Event) -> None:
             nonlocal last
@@ -213,6 +220,9 @@ class Prober:
                     self._note("seconds", event.phase, span, given, taken)
             elif event.phase == "forward":
                 on_the_way[event.start] = taken
+                in_use[event.start] = now = malloc_bytes()
+                if (before := in_use.get(event.start - chunk)) is not None and now is not None:
+                    self._left.append(Point(span.stop - span.start, given + span.start, now - before))
             elif event.start in on_the_way:  # else the tape did not fit
                 self._note("seconds", "tape", span, given, taken + on_the_way[event.start])
             last = perf_counter()
@@ -376,25 +386,3 @@ def as_it_was(model: nn.Module) -> Generator[None]:
 def _wait_for(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def tokens_between(given: Any, start: int, stop: int) -> Any:
-    """A part of inputs or targets: leaves of their own, where they take gradients."""
-    if hasattr(given, "read"):
-        return _Part(given, start, stop)
-
-    def cut(x: Tensor) -> Tensor:
-        part = x[start:stop] if x.dim() == 1 else x[:, start:stop]
-        return part.detach().requires_grad_() if x.requires_grad else part
-
-    return tree.map_tensors(cut, given)
-
-
-class _Part:
-    """A part of what a reader gives."""
-
-    def __init__(self, reader: Any, start: int, stop: int) -> None:
-        self._reader, self._start, self.length, self.batch = reader, start, stop - start, reader.batch
-
-    def read(self, start: int, stop: int) -> Any:
-        return self._reader.read(self._start + start, self._start + stop)

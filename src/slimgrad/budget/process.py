@@ -19,6 +19,7 @@ written to, used or not: heap, tensors, the stacks of threads. What would go bey
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import sys
 from pathlib import Path
@@ -46,6 +47,24 @@ def reset_peak() -> bool:
     except OSError:  # not Linux, or a container that forbids it
         return proc_status("VmHWM") is None
     return True
+
+
+class _Mallinfo2(ctypes.Structure):
+    """What glibc's mallinfo2 tells, in bytes; see its manual page."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+    )]  # fmt: skip
+
+
+def malloc_bytes() -> int | None:
+    """What malloc has given out and not got back: tensors, and the nodes of autograd's graphs. None: not glibc's."""
+    tell = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "linux" else None
+    if tell is None:
+        return None
+    tell.restype = _Mallinfo2
+    told = tell()
+    return told.uordblks + told.hblkhd
 
 
 def limit_memory(num_bytes: int) -> None:

@@ -107,3 +107,25 @@ def _form(given: Any, *, whole: bool = False) -> Any:
 
 def _take_nothing(gradient: Tensor) -> None:
     pass
+
+
+def tokens_between(given: Any, start: int, stop: int) -> Any:
+    """A part of inputs or targets: leaves of their own, where they take gradients."""
+    if hasattr(given, "read"):
+        return _Part(given, start, stop)
+
+    def cut(x: Tensor) -> Tensor:
+        part = x[start:stop] if x.dim() == 1 else x[:, start:stop]
+        return part.detach().requires_grad_() if x.requires_grad else part
+
+    return tree.map_tensors(cut, given)
+
+
+class _Part:
+    """A part of what a reader gives."""
+
+    def __init__(self, reader: Any, start: int, stop: int) -> None:
+        self._reader, self._start, self.length, self.batch = reader, start, stop - start, reader.batch
+
+    def read(self, start: int, stop: int) -> Any:
+        return self._reader.read(self._start + start, self._start + stop)
