@@ -35,19 +35,19 @@ class Joined(NamedTuple):
 
     Attributes:
         inputs, targets: a list of batches.
-        count: documents in all.
+        documents: how many there are.
     """
 
     inputs: list[Any]
     targets: list[Any]
-    count: int
+    documents: int
 
     def result(self, found: Result) -> Result:
         """Without the states after each document, which nobody has."""
         if found.initial_state_grad is None:  # of an evaluation
             return dataclasses.replace(found, final_state=NotKept)
         return dataclasses.replace(
-            found, final_state=NotKept, initial_state_grad=NotKept, input_grads=[None] * self.count
+            found, final_state=NotKept, initial_state_grad=NotKept, input_grads=[None] * self.documents
         )
 
 

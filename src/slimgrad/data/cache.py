@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from slimgrad.errors import InputError
@@ -32,16 +32,13 @@ def writing(path: Path) -> Generator[None]:
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_name(f".{path.name}.lock"))
-        try:
-            lock.acquire()
-        except OSError as error:
-            if error.errno not in NO_LOCKS:  # else two processes may both write it: to the same bytes
-                raise
-        try:
+        with ExitStack() as held:
+            try:
+                held.enter_context(FileLock(path.with_name(f".{path.name}.lock")))
+            except OSError as error:
+                if error.errno not in NO_LOCKS:  # else two processes may both write it: to the same bytes
+                    raise
             yield
-        finally:
-            lock.release()
     except OSError as error:
         raise InputError(
             f"{path}: expected a cache to write to, got: {error.strerror or error}. Free some space, or name another "
