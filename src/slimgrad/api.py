@@ -103,10 +103,8 @@ def backward(
     options = Options(context, DEFAULT_CHUNK, schedule, loss_fn or cross_entropy_sum, normalizer, state, on_chunk)
     request = Request(model, inputs, targets, options, sink)
     options = decide(request, chunk=chunk, memory=memory, plan=plan)
-    joined = None if final_states or final_state_grad is not None else join(model, inputs, targets, options)
-    if joined is not None:
-        inputs, targets, _ = joined
-    call = Call(model, inputs, targets, options, gathers=True, sink=sink, collect_in="reverse")
+    joined = join(model, inputs, targets, options, apart=final_states or final_state_grad is not None)
+    call = Call(model, joined.inputs, joined.targets, options, gathers=True, sink=sink, collect_in="reverse")
     call.require_something_to_differentiate()
     after: list[Any] = []
     initial_grads: list[Any] = []
@@ -121,8 +119,7 @@ def backward(
             initial_grads.append(started.reverse(everywhere(call.loss_grad)))
             after.append(started.run.progress.final_state)
         call.deliver(initial_grads)
-    result = call.result(after, initial_grads)
-    return result if joined is None else joined.result(result)
+    return joined.result(call.result(after, initial_grads))
 
 
 def plan(
@@ -181,13 +178,10 @@ def evaluate(
     options = Options(context, DEFAULT_CHUNK, None, loss_fn or cross_entropy_sum, normalizer, state, on_chunk)
     request = Request(model, inputs, targets, options, head=True, differentiates=False)
     options = decide(request, chunk=chunk, memory=memory, plan=plan)
-    joined = None if final_states else join(model, inputs, targets, options)
-    if joined is not None:
-        inputs, targets, _ = joined
-    call = Call(model, inputs, targets, options)
+    joined = join(model, inputs, targets, options, apart=final_states)
+    call = Call(model, joined.inputs, joined.targets, options)
     after = [call.start(index, differentiates=False).run.forward(head=True) for index in range(len(call.sequences))]
-    result = call.result(after, None)
-    return result if joined is None else joined.result(result)
+    return joined.result(call.result(after, None))
 
 
 @not_traced
@@ -232,9 +226,7 @@ def _loss(
     request = Request(model, inputs, targets, options, head=True, differentiates=gathers)
     options = decide(request, chunk=chunk, memory=memory, plan=plan)
     joined = join(model, inputs, targets, options)
-    if joined is not None:
-        inputs, targets, _ = joined
-    return loss_of(Call(model, inputs, targets, options, gathers=gathers))
+    return loss_of(Call(model, joined.inputs, joined.targets, options, gathers=gathers))
 
 
 @not_traced

@@ -128,8 +128,9 @@ class Prober:
         for what, fits in (("bytes", costs.bytes), ("large", costs.large), ("seconds", costs.seconds)):
             for name, points in self._points[what].items():
                 fits[name] = Fit(points, grows=costs.rows > 0, seconds=what == "seconds", reach=costs.reach)
-        kept = {point.chunk: point.value for point in self._points["bytes"].get("kept", ())}
-        nodes = [Point(c, p, max(0.0, value - kept[c])) for c, p, value in self._left if c in kept]
+        kept = {point[:2]: point.value for point in self._points["bytes"].get("kept", ())}
+        left = [(point[:2], point.value) for point in self._left if point[:2] in kept]
+        nodes = [Point(*place, max(0.0, value - kept[place])) for place, value in left]
         costs.graph = Fit(nodes, grows=costs.rows > 0, reach=costs.reach) if nodes else None
         for name, series in self._small.items():
             costs.small[name] = Small([Fit(points, grows=costs.rows > 0, reach=costs.reach) for points in series])

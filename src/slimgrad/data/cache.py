@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from slimgrad.errors import InputError
-from slimgrad.runs.files import NO_LOCKS
+from slimgrad.runs.files import NO_LOCKS, sha256
 
 CACHE_VARIABLE = "SLIMGRAD_DATA"
 
@@ -53,8 +52,7 @@ def sha256_of(path: Path) -> str:
         InputError: it cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise InputError(
             f"{path}: expected a readable file, got: {error.strerror or error}. Check its rights"
