@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+import types
+
+import pytest
 
 import slimgrad as sg
 
@@ -56,6 +60,9 @@ def test_exported_names_are_these() -> None:
     assert set(sg.__all__) == PUBLIC
     assert sg.__all__ == sorted(sg.__all__)
     assert all(hasattr(sg, name) for name in PUBLIC)
+    assert dir(sg) == sg.__all__
+    with pytest.raises(AttributeError, match="module 'slimgrad' has no attribute 'nothing'"):
+        sg.nothing  # pyright: ignore[reportAttributeAccessIssue]  # noqa: B018
 
 
 def test_every_exported_name_is_described() -> None:
@@ -70,9 +77,12 @@ def refuse(*args, **kwargs):
     raise AssertionError("the network was touched")
 
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import slimgrad
+assert "torch" not in sys.modules
 import torch
 before = set(sys.modules)
-import slimgrad
+for name in set(slimgrad.__all__) - {"adapters", "hf"}:
+    getattr(slimgrad, name)
 loaded = set(sys.modules) - before
 assert not torch.cuda.is_initialized()
 from slimgrad.extras import EXTRAS, module_of
@@ -88,3 +98,11 @@ def test_import_is_light() -> None:
     found = subprocess.run([sys.executable, "-W", "error", "-c", LIGHT], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert found.stdout == "[]\n[]\n"
+
+
+@pytest.mark.parametrize("package", ["bytelm", "data", "models"])
+def test_every_name_of_a_package_is_where_its_stub_says(package: str) -> None:
+    found = importlib.import_module(f"slimgrad.{package}")
+    assert found.__all__
+    for name in found.__all__:  # a module of that name would stand in its place
+        assert not isinstance(getattr(found, name), types.ModuleType), name

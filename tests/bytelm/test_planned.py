@@ -11,7 +11,8 @@ from slimgrad import InputError, Reader
 from slimgrad.budget.live import LiveBytes
 from slimgrad.budget.process import resident_bytes
 from slimgrad.bytelm import build_model
-from slimgrad.bytelm.gradient import Method, add_gradient
+from slimgrad.bytelm.config import Method
+from slimgrad.bytelm.gradient import add_gradient
 from slimgrad.bytelm.optimizer import make_optimizer
 from slimgrad.bytelm.planned import RandomBytes, as_planned, extrapolate, gradient_request, plan_evaluation, plan_run
 from slimgrad.data import Batch

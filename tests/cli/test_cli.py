@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import typer
@@ -15,7 +17,7 @@ from slimgrad.cli.app import app
 from slimgrad.models import Performer, PerformerConfig
 from tests.cli.running import run, succeed
 
-COMMANDS = ("train", "finetune", "eval", "generate", "verify")
+COMMANDS = ("train", "finetune", "eval", "generate", "verify", "plan", "reproduce")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -24,6 +26,28 @@ def test_every_command_explains_itself(command: str) -> None:
     assert "Usage: " in result.stdout
     assert command in result.stdout
     assert result.stderr == ""
+
+
+HELP = """
+import sys
+from slimgrad.cli.app import app
+for line in (["--help"], *([command, "--help"] for command in sys.argv[1:]), ["trian"], ["train", "--no-such"]):
+    try:
+        app(line)
+    except SystemExit as ended:
+        print("status", ended.code)
+print("torch" in sys.modules)
+"""
+
+
+def test_help_and_wrong_command_lines_do_not_wait_for_torch() -> None:
+    found = subprocess.run(
+        [sys.executable, "-W", "error", "-c", HELP, *COMMANDS], capture_output=True, text=True, check=True
+    )
+    *lines, last = found.stdout.splitlines()
+    assert [line for line in lines if line.startswith("status")] == ["status 0"] * 8 + ["status 2"] * 2
+    assert "No such command" in found.stderr
+    assert last == "False"
 
 
 def test_numbers_of_a_run_are_explained_by_the_configuration_itself() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from slimgrad import InputError
 from slimgrad.data import KNOWN, Corpus, Documents, load_corpus, map_file, pydocs
-from slimgrad.data.fetch import REGISTRY, RemoteFile
+from slimgrad.data.fetching import REGISTRY, RemoteFile
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"  # copies of the official files, where there are any
 

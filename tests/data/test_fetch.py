@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from slimgrad import InputError
 from slimgrad.data import KNOWN, fetch, load_corpus
-from slimgrad.data.fetch import REGISTRY, RemoteFile
+from slimgrad.data.fetching import REGISTRY, RemoteFile
 
 BODY = b"".join(b"%07d " % i for i in range(40_000))  # several pieces of the download
 HAND = r"\. Try again, or put the file into a folder as {} by hand and name the folder with --data-dir$"

@@ -10,7 +10,9 @@ import torch
 
 from slimgrad import InputError
 from slimgrad.bytelm.presets import PRESETS, get_preset
-from slimgrad.models import Performer, PerformerConfig
+from slimgrad.models import Performer, PerformerConfig, shapes
+from slimgrad.ops.feature_maps import FEATURE_MAPS
+from slimgrad.ops.linear_attention import FORMS
 from slimgrad.sweep import tree
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -118,6 +120,11 @@ def test_the_modern_state_is_sums_and_a_tail_of_tokens() -> None:
 def test_an_unknown_preset_lists_the_known_ones() -> None:
     with pytest.raises(InputError, match="unknown preset 'V': expected one of I, II, III, IV, copying, ptb, enwik8"):
         get_preset("V")
+
+
+def test_a_shape_knows_what_there_is_to_compute_with() -> None:
+    assert list(shapes.FEATURE_MAPS) == list(FEATURE_MAPS)
+    assert list(shapes.FORMS) == list(FORMS)
 
 
 @pytest.mark.parametrize(

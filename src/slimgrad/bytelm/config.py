@@ -21,11 +21,9 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from slimgrad.budget.size import parse_bytes
-from slimgrad.bytelm.device import Device
-from slimgrad.bytelm.gradient import Method
-from slimgrad.data import END, SPREAD, Format, Order, Reading
+from slimgrad.data.options import END, SPREAD, Format, Order, Reading
 from slimgrad.errors import InputError
-from slimgrad.models.performer import PerformerConfig
+from slimgrad.models.shapes import PerformerConfig
 from slimgrad.sweep.schedules.names import parse_schedule
 
 
@@ -35,6 +33,8 @@ def _explained(description: str, expected: str = "", **constraints: Any) -> Any:
 
 
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
+Method = Literal["chunked", "checkpoint", "plain"]
+Device = Literal["auto", "cpu", "cuda"]
 Decay = Literal["cosine", "linear", "constant", "drop"]
 DEFAULT_OPTIMIZER = "AdamW"
 _BEFORE = {"validation": END}  # what runs did whose configuration does not say it

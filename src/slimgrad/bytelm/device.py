@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
+from slimgrad.bytelm.config import Device
 from slimgrad.errors import InputError
-
-Device = Literal["auto", "cpu", "cuda"]
 
 
 def pick_device(name: str) -> torch.device:

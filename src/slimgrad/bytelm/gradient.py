@@ -15,17 +15,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torch.utils.checkpoint import checkpoint
 
 from slimgrad.api import backward
+from slimgrad.bytelm.config import Method
 from slimgrad.data import Batch, whole
 from slimgrad.models.performer import Performer
 from slimgrad.sweep.schedules.base import Schedule
 from slimgrad.verification.reference import plain_backward
-
-Method = Literal["chunked", "checkpoint", "plain"]
 
 
 def add_gradient(

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from slimgrad.budget.measure import call_in_child, measure_peak
-from slimgrad.bytelm.gradient import Method, add_gradient
+from slimgrad.bytelm.config import Method
+from slimgrad.bytelm.gradient import add_gradient
 from slimgrad.data import Batch
 from slimgrad.errors import MemoryLimitError, RunError
-from slimgrad.models.performer import Performer, PerformerConfig
+from slimgrad.models.performer import Performer
+from slimgrad.models.shapes import PerformerConfig
 from slimgrad.sweep.allocation import is_allocation_failure
 
 _WARM_UP_BYTES = 64

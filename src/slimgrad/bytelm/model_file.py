@@ -10,7 +10,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from slimgrad.errors import InputError
-from slimgrad.models.performer import Performer, PerformerConfig
+from slimgrad.models.performer import Performer
+from slimgrad.models.shapes import PerformerConfig
 from slimgrad.runs.tensors import fill, read_metadata, read_tensors
 
 _SHAPE = "slimgrad_model"

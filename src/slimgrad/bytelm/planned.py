@@ -23,9 +23,9 @@ from slimgrad.budget.probe import as_it_was
 from slimgrad.budget.process import resident_bytes
 from slimgrad.budget.request import Request
 from slimgrad.budget.size import parse_bytes
-from slimgrad.bytelm.config import DEFAULT_OPTIMIZER, TrainConfig
+from slimgrad.bytelm.config import DEFAULT_OPTIMIZER, Method, TrainConfig
 from slimgrad.bytelm.device import pick_device
-from slimgrad.bytelm.gradient import Method, add_gradient
+from slimgrad.bytelm.gradient import add_gradient
 from slimgrad.bytelm.loop import autocast, build_model
 from slimgrad.bytelm.optimizer import moment_bytes
 from slimgrad.call.arguments import DEFAULT_CHUNK, Options

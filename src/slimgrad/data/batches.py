@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from slimgrad.data.documents import Documents, Windows
+from slimgrad.data.options import Order
 from slimgrad.data.windows import require_window, shuffled_starts
 from slimgrad.errors import InputError
 
-Order = Literal["shuffled", "consecutive", "random", "documents"]
 IGNORED = -100
 
 

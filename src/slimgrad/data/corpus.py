@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from slimgrad.data.documents import Documents, FileBytes
-from slimgrad.data.fetch import fetch
-from slimgrad.data.pydocs import pydocs
-from slimgrad.data.reading import AS_BYTES, Reading, read_documents
+from slimgrad.data.fetching import fetch
+from slimgrad.data.options import AS_BYTES, END, SPREAD, Reading
+from slimgrad.data.python_docs import pydocs
+from slimgrad.data.reading import read_documents
 from slimgrad.errors import InputError
 
 logger = logging.getLogger("slimgrad")
 PYDOCS, ENWIK8, PTB, TINYSHAKESPEARE = "pydocs", "enwik8", "ptb", "tinyshakespeare"
 KNOWN = (PYDOCS, ENWIK8, PTB, TINYSHAKESPEARE)
 _ENWIK8_TRAINING, _ENWIK8_VALIDATION = 90_000_000, 5_000_000  # the usual split; the last five million are for tests
-SPREAD, END = "spread", "end"
 _PLACES, _LEAST = 8, 1024  # stretches of a text that are held out, and bytes of each, where there are so many
 
 

@@ -15,49 +15,20 @@ import logging
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 from slimgrad.data.cache import cache_folder, sha256_of, writing
 from slimgrad.data.documents import FileBytes
 from slimgrad.data.looks import Compression, compression_of, tell_what_it_looks_like
+from slimgrad.data.options import AS_BYTES, Format, Reading
 from slimgrad.errors import InputError
 from slimgrad.extras import require_extra
 
 logger = logging.getLogger("slimgrad")
 
-Format = Literal["bytes", "fasta", "jsonl"]
 _PIECE = 1 << 16
 _WINDOW = 1 << 31  # bytes that zstandard may look back, as `zstd --long=31` allows
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """How files become documents.
-
-    Attributes:
-        format: "bytes" (a file is a document), "fasta" (a record is one: its sequence without header and line breaks),
-            or "jsonl" (a line is one: the text of one field, as UTF-8).
-        field: of JSON lines.
-        fold_case: of FASTA: small letters, which mark repeats, become capitals.
-
-    Raises:
-        InputError: no such format, or letters to fold in another one.
-    """
-
-    format: Format = "bytes"
-    field: str = "text"
-    fold_case: bool = False
-
-    def __post_init__(self) -> None:
-        if self.format not in get_args(Format):
-            raise InputError(f"format={self.format!r}: expected one of {', '.join(get_args(Format))}")
-        if self.fold_case and self.format != "fasta":
-            raise InputError(f"fold_case: expected format=fasta, got {self.format}")
-
-
-AS_BYTES = Reading()
 
 
 def read_documents(path: Path, reading: Reading = AS_BYTES) -> list[FileBytes]:

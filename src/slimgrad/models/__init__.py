@@ -1,20 +1,5 @@
 """Whole models of each kind of state, built on `ops` and `states`, and shapes of Performers by name."""
 
-from slimgrad.models.cached import Cached
-from slimgrad.models.gated import Gated
-from slimgrad.models.performer import Performer, PerformerConfig
-from slimgrad.models.published import from_published, read_published, to_published
-from slimgrad.models.shapes import SHAPES
-from slimgrad.models.windowed import Windowed
+from slimgrad.lazy import lazily
 
-__all__ = [
-    "SHAPES",
-    "Cached",
-    "Gated",
-    "Performer",
-    "PerformerConfig",
-    "Windowed",
-    "from_published",
-    "read_published",
-    "to_published",
-]
+__getattr__, __dir__, __all__ = lazily(__name__)

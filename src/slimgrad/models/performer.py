@@ -18,17 +18,16 @@ as published (d_ff = 4 d), beside attention. State: `layers * width * (features 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slimgrad.errors import InputError
-from slimgrad.ops.feature_maps import FEATURE_MAPS, draw_projection, get_feature_map
-from slimgrad.ops.linear_attention import FORMS, get_form
+from slimgrad.models.shapes import PerformerConfig
+from slimgrad.ops.feature_maps import draw_projection, get_feature_map
+from slimgrad.ops.linear_attention import get_form
 from slimgrad.states.sums import PrefixSum
 
 Tokens = Int[Tensor, "batch time"]
@@ -37,73 +36,6 @@ Logits = Float[Tensor, "batch time vocabulary"]
 State = dict[str, Any]
 
 _BASE = 10_000.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class PerformerConfig:
-    """A Performer's shape.
-
-    Attributes:
-        layers, width, heads: s, d_model and k of the paper.
-        feedforward: d_ff; 4 * width where 0.
-        vocabulary: symbols; 256 for bytes.
-        features: M, features per head; the head's width where 0 (only "favor" can have another number).
-        feature_map: one of `ops.feature_maps.FEATURE_MAPS`.
-        norm: "output" (layer norm on a sub-layer's output, as published), "pre" (layer norm before it, as published for
-            copying), or "rms" (RMS norm before it and before the head).
-        normalize: divide by the sum of the weights, as published; else each head's output is divided by its root mean
-            square.
-        output_projection: a linear map after the heads.
-        taps: how many of the latest tokens are embedded at each position, each from a table of its own, and added up;
-            1: its own alone.
-        form: how attention is computed: "auto" or one of `ops.linear_attention.FORMS`.
-    """
-
-    layers: int
-    width: int
-    heads: int
-    feedforward: int = 0
-    vocabulary: int = 256
-    features: int = 0
-    feature_map: str = "square"
-    norm: Literal["output", "pre", "rms"] = "output"
-    normalize: bool = True
-    output_projection: bool = False
-    taps: int = 1
-    form: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "vocabulary", "taps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"PerformerConfig: {name}={getattr(self, name)}, expected at least 1")
-        if self.width % self.heads:
-            raise InputError(f"PerformerConfig: width={self.width} is not a multiple of heads={self.heads}")
-        if self.width % 4:
-            raise InputError(f"PerformerConfig: sinusoids need a width that is a multiple of 4, got {self.width}")
-        if self.feature_map not in FEATURE_MAPS:
-            raise InputError(f"PerformerConfig: feature_map={self.feature_map!r}, expected one of {list(FEATURE_MAPS)}")
-        if self.form != "auto" and self.form not in FORMS:
-            raise InputError(f"PerformerConfig: form={self.form!r}, expected 'auto' or one of {list(FORMS)}")
-        if self.features and self.feature_map != "favor" and self.features != self.head_width:
-            raise InputError(
-                f"PerformerConfig: features={self.features} differs from the head's width {self.head_width}, which "
-                f"{self.feature_map!r} cannot change; only 'favor' can"
-            )
-
-    @property
-    def head_width(self) -> int:
-        """d of the paper: width / heads."""
-        return self.width // self.heads
-
-    @property
-    def num_features(self) -> int:
-        """M of the paper."""
-        return self.features or self.head_width
-
-    @property
-    def feedforward_width(self) -> int:
-        """d_ff of the paper."""
-        return self.feedforward or 4 * self.width
 
 
 def _norm(config: PerformerConfig) -> nn.Module:

@@ -51,7 +51,8 @@ import torch
 from torch import Tensor
 
 from slimgrad.errors import InputError
-from slimgrad.models.performer import Performer, PerformerConfig
+from slimgrad.models.performer import Performer
+from slimgrad.models.shapes import PerformerConfig
 
 # our module -> the published ones whose rows it holds, in their order
 _MODULES = {

@@ -22,7 +22,8 @@ from torch import Tensor
 from slimgrad.api import backward, evaluate
 from slimgrad.budget.measure import MALLOC
 from slimgrad.bytelm import TrainConfig, split_corpus
-from slimgrad.bytelm.gradient import Method, add_gradient
+from slimgrad.bytelm.config import Method
+from slimgrad.bytelm.gradient import add_gradient
 from slimgrad.data import Batch
 from slimgrad.models import Performer
 from slimgrad.paper.compatibility import EXPERIMENT as COMPATIBILITY

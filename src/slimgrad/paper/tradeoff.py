@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from slimgrad.budget.measure import MALLOC, measure_in_turn
-from slimgrad.bytelm.gradient import Method
+from slimgrad.bytelm.config import Method
 from slimgrad.bytelm.memory import add_over_random_bytes, one_gradient
 from slimgrad.bytelm.presets import get_preset
 from slimgrad.models import Performer, PerformerConfig

@@ -1,0 +1,9 @@
+from slimgrad.models.cached import Cached as Cached
+from slimgrad.models.gated import Gated as Gated
+from slimgrad.models.performer import Performer as Performer
+from slimgrad.models.published import from_published as from_published
+from slimgrad.models.published import read_published as read_published
+from slimgrad.models.published import to_published as to_published
+from slimgrad.models.shapes import SHAPES as SHAPES
+from slimgrad.models.shapes import PerformerConfig as PerformerConfig
+from slimgrad.models.windowed import Windowed as Windowed
