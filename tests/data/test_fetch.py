@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import multiprocessing
@@ -22,7 +23,7 @@ import pytest
 from filelock import FileLock
 
 from slimgrad import InputError
-from slimgrad.data import KNOWN, fetch, load_corpus
+from slimgrad.data import KNOWN, fetch, fetching, load_corpus
 from slimgrad.data.fetching import REGISTRY, RemoteFile
 
 BODY = b"".join(b"%07d " % i for i in range(40_000))  # several pieces of the download
@@ -392,3 +393,35 @@ def test_progress_is_shown_on_a_terminal_alone(server: Server, cache: Path, monk
         fetch("text")
         assert ("100%" in stream.getvalue()) is stream.isatty()
         os.unlink(cache / "text")
+
+
+@pytest.mark.parametrize("fault", ["vanishes", "cannot be read"])
+def test_an_archive_that_cannot_be_read_is_named_and_not_the_cache(
+    fault: str, archive: bytes, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "enwik8.zip"
+    own.write_bytes(archive)
+    if fault == "vanishes":
+        monkeypatch.setattr(fetching, "sha256_of", lambda path: (path.unlink(), sha256(archive))[1])
+        words = "No such file or directory"
+    else:
+        words = "Input/output error"
+
+        def failing(*_: object) -> bytes:
+            raise OSError(errno.EIO, words)
+
+        monkeypatch.setattr(zipfile.ZipExtFile, "read", failing)
+    with pytest.raises(InputError, match=rf"^{own}: expected a readable file, got: {words}\. "):
+        fetch("enwik8", data_dir=tmp_path)
+    assert kept(cache) == {}
+
+
+@pytest.mark.usefixtures("text")
+def test_a_cache_that_cannot_be_looked_into_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    cache.write_text("a file")
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(InputError, match=rf"^{cache}/text: expected a cache to write to, got: "):
+        fetch("text")

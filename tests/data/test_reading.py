@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
 import os
 import re
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -101,16 +103,54 @@ def test_another_file_of_the_same_name_is_not_taken_for_the_former(tmp_path: Pat
         assert contents(path) == [text]
 
 
-def test_a_full_disk_is_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_not_called_damage(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(gzip.compress(TEXT))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(TEXT) // 2, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"/cache/.*: expected a cache to write to, got: File too large"):
+            contents(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert contents(path) == [TEXT]
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(reading, "_pieces", full)
-    with pytest.raises(InputError, match="expected a cache to write to, got: No space left on device"):
+def test_a_folder_that_cannot_be_written_to_is_called_the_cache(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(gzip.compress(TEXT))
+    cache.write_text("a file")
+    with pytest.raises(InputError, match=r"/cache/.*: expected a cache to write to, got: File exists"):
         contents(path)
+
+
+@pytest.mark.parametrize("kind", [*COMPRESS, "jsonl"])
+def test_a_text_that_vanishes_is_named_and_not_the_cache(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(json.dumps({"text": "lines"}).encode() if kind == "jsonl" else COMPRESS[kind](TEXT))
+    digest = reading.sha256_of(path)
+    monkeypatch.setattr(reading, "sha256_of", lambda _: (path.unlink(), digest)[1])
+    with pytest.raises(InputError, match=rf"^{path}: expected a readable file, got: No such file or directory\. "):
+        contents(path, Reading(format="jsonl") if kind == "jsonl" else None)
+
+
+@pytest.mark.parametrize("kind", ["gzip", "zstandard"])
+def test_a_text_that_cannot_be_read_to_its_end_is_named(
+    kind: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(COMPRESS[kind](TEXT))
+
+    def failing(*_: object) -> Iterator[bytes]:
+        yield TEXT
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(reading, "_decompressed", failing)
+    with pytest.raises(InputError, match=f"^{path}: expected a readable file, got: Input/output error"):
+        contents(path)
+    assert not [one for one in cache.iterdir() if not one.name.endswith(".lock")]
 
 
 def test_fasta_gives_the_records_without_headers_and_line_breaks(tmp_path: Path) -> None:

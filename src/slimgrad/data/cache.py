@@ -22,7 +22,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def writing(path: Path) -> Generator[None]:
-    """Be the only process that writes this file into the cache.
+    """Be the only process that writes this file into the cache. Errors of what it is made from are for the caller.
 
     Raises:
         InputError: it cannot be written there.
@@ -54,6 +54,9 @@ def sha256_of(path: Path) -> str:
     try:
         return sha256(path)
     except OSError as error:
-        raise InputError(
-            f"{path}: expected a readable file, got: {error.strerror or error}. Check its rights"
-        ) from error
+        raise not_readable(path, error) from error
+
+
+def not_readable(path: Path, error: OSError) -> InputError:
+    """For a file that the system does not give."""
+    return InputError(f"{path}: expected a readable file, got: {error.strerror or error}. Check its rights")

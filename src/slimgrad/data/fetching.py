@@ -13,13 +13,13 @@ import hashlib
 import sys
 import zipfile
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimgrad.data.cache import cache_folder, sha256_of, writing
+from slimgrad.data.cache import cache_folder, not_readable, sha256_of, writing
 from slimgrad.errors import InputError
 from slimgrad.extras import require_extra
 
@@ -225,8 +225,8 @@ def _unpack(archive: Path, path: Path, sha256: str) -> None:
     partial = path.with_name(f".partial-{path.name}")
     digest = hashlib.sha256()
     try:
-        with zipfile.ZipFile(archive) as zipped, zipped.open(path.name) as member, partial.open("wb") as file:
-            while piece := member.read(_PIECE):
+        with partial.open("wb") as file:
+            for piece in _member(archive, path.name):
                 digest.update(piece)
                 file.write(piece)
         if digest.hexdigest() != sha256:
@@ -234,14 +234,25 @@ def _unpack(archive: Path, path: Path, sha256: str) -> None:
                 f"{archive}: expected in it {path.name} with sha256 {sha256}, found {digest.hexdigest()}. Get it again"
             )
         partial.replace(path)
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-        reason = str(error.args[0] if error.args else error)
-        raise InputError(
-            f"{archive}: expected a zip file with {path.name} in it, got: {reason}. Get it again"
-        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
+def _member(archive: Path, name: str) -> Iterator[bytes]:
+    try:
+        with zipfile.ZipFile(archive) as zipped, zipped.open(name) as member:
+            while piece := member.read(_PIECE):
+                yield piece
+    except OSError as error:
+        raise not_readable(archive, error) from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+        reason = str(error.args[0] if error.args else error)
+        raise InputError(f"{archive}: expected a zip file with {name} in it, got: {reason}. Get it again") from error
+
+
 def _holds(path: Path, sha256: str) -> bool:
-    return path.is_file() and sha256_of(path) == sha256
+    """Whether it is there; what cannot be read is not, and is then found not to be written either."""
+    try:
+        return path.is_file() and sha256_of(path) == sha256
+    except (OSError, InputError):
+        return False

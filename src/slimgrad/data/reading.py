@@ -13,12 +13,11 @@ import itertools
 import json
 import logging
 import zlib
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from slimgrad.data.cache import cache_folder, sha256_of, writing
+from slimgrad.data.cache import cache_folder, not_readable, sha256_of, writing
 from slimgrad.data.documents import FileBytes
 from slimgrad.data.looks import Compression, compression_of, tell_what_it_looks_like
 from slimgrad.data.options import AS_BYTES, Format, Reading
@@ -91,29 +90,16 @@ def _write(path: Path, compression: Compression | None, reading: Reading, target
     """Write the documents one after the other, and return where each ends."""
     ends: list[int] = []
     written = 0
-    with _naming(path, compression), target.open("wb") as file:
-        for part in _PARTS[reading.format](_pieces(path, compression), reading):
-            if part is not None:
-                written += file.write(part)
-            elif written > (ends[-1] if ends else 0):
-                ends.append(written)
-    return ends
-
-
-@contextmanager
-def _naming(path: Path, compression: Compression | None) -> Generator[None]:
-    """Have what a damaged file gives say which file it is."""
     try:
-        yield
+        with target.open("wb") as file:
+            for part in _PARTS[reading.format](_pieces(path, compression), reading):
+                if part is not None:
+                    written += file.write(part)
+                elif written > (ends[-1] if ends else 0):
+                    ends.append(written)
     except _MisfitError as error:
         raise InputError(f"{path}: {error}") from error
-    except (EOFError, OSError, zlib.error, *_errors_of(compression)) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's, not the decompressor's
-            raise
-        raise InputError(
-            f"{path}: expected a whole file that is compressed by {compression}, got: {str(error) or 'its end'}. It is "
-            "damaged or cut off: get it again"
-        ) from error
+    return ends
 
 
 class _MisfitError(Exception):
@@ -134,7 +120,23 @@ def _errors_of(compression: Compression | None) -> tuple[type[Exception], ...]:
 
 
 def _pieces(path: Path, compression: Compression | None) -> Iterator[bytes]:
-    """The bytes of a file, decompressed."""
+    """The bytes of a file, decompressed.
+
+    Raises:
+        InputError: it is damaged, or cannot be read: said of this file, since whoever asks for a piece writes another.
+    """
+    try:
+        yield from _decompressed(path, compression)
+    except (EOFError, OSError, zlib.error, *_errors_of(compression)) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not the decompressor's
+            raise not_readable(path, error) from error
+        raise InputError(
+            f"{path}: expected a whole file that is compressed by {compression}, got: {str(error) or 'its end'}. It is "
+            "damaged or cut off: get it again"
+        ) from error
+
+
+def _decompressed(path: Path, compression: Compression | None) -> Iterator[bytes]:
     if compression == "zstandard":
         yield from _zstandard(path)
         return
