@@ -10,15 +10,19 @@ from typing import Any
 
 from benchmarks.figures_budget import (
     budget_blocks,
-    costs_table,
+    budgets_block,
     draw_budget,
     draw_whole_text,
     whole_text_sentence,
 )
+from benchmarks.figures_joint import draw_joint, joint_block, readme_block
 from benchmarks.figures_published import published_blocks
+from benchmarks.measure import RESULTS
 from benchmarks.shown import IMAGES, LABELS, ROOT, load, origin
 from slimgrad.paper import report
 from slimgrad.paper.catalogue import labelled
+
+JOINT = (RESULTS / "joint.json").exists()  # until the joint benchmark was run, the README has the budgets' table
 
 
 def memory_table(results: dict[str, Any]) -> str:
@@ -49,23 +53,6 @@ def memory_table(results: dict[str, Any]) -> str:
         f"(`MALLOC_MMAP_THRESHOLD_=65536`) it takes {first['resident_bytes_mapped'] / 1e6:.1f} MB at "
         f"{first['length']:,} tokens and {last['resident_bytes_mapped'] / 1e6:.1f} MB at {last['length']:,}.",
     ]
-    return "\n".join(lines)
-
-
-def speed_table(results: dict[str, Any]) -> str:
-    """Time over plain backpropagation, by configuration and chunk."""
-    lines = [
-        "| configuration | tokens | chunk | time over plain | with a warm heap | FLOPs over plain | floor |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    rows = {(r["model"], r["chunk"], r["malloc"]): r for r in results["rows"]}
-    for (model, chunk, malloc), row in rows.items():
-        if malloc == "default":
-            warm = rows[model, chunk, "warm"]
-            lines.append(
-                f"| {model} | {row['length']:,} | {chunk:,} | {row['time_ratio']:.2f} | {warm['time_ratio']:.2f} | "
-                f"{row['flops_ratio']:.3f} | {row['flops_floor']:.3f} |"
-            )
     return "\n".join(lines)
 
 
@@ -201,7 +188,6 @@ def huggingface_line(row: dict[str, Any], plain: dict[str, Any] | None) -> str:
 
 TABLES = {
     "memory": memory_table,
-    "speed": speed_table,
     "bf16": bf16_table,
     "training": training_table,
     "streaming": streaming_table,
@@ -315,7 +301,8 @@ def at_largest(found: dict[str, Any]) -> int:
 def readme_blocks() -> dict[str, str]:
     """What is between each pair of markers in the README."""
     budget, whole_text = load("budget"), load("whole_text")
-    return {"costs": f"{costs_table(budget)}\n\nMeasured by {origin(budget)}{whole_text_sentence(whole_text)}"}
+    costs = readme_block(load("joint")) if JOINT else budgets_block(budget)
+    return {"costs": costs + whole_text_sentence(whole_text)}
 
 
 def results_blocks() -> dict[str, str]:
@@ -324,6 +311,8 @@ def results_blocks() -> dict[str, str]:
     for name, table in TABLES.items():
         results = load(name)
         found[name] = f"{table(results)}\n\nMeasured by {origin(results)}"
+    if JOINT:
+        found["joint"] = joint_block(load("joint"))
     found["reproduce"] = reproduce_table(load("reproduce/rows"))
     return found
 
@@ -403,6 +392,8 @@ def draw() -> None:
 
     IMAGES.mkdir(parents=True, exist_ok=True)
     draw_training(plt)
+    if JOINT:
+        draw_joint(load("joint"))
     draw_budget(plt)
     draw_whole_text(plt)
     rows = load("memory")["rows"]

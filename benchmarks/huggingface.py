@@ -48,6 +48,20 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": 1 << 20,
         },
     ),
+    "llama-5M": (
+        "Llama",
+        {
+            "hidden_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 704,
+            "vocab_size": 8000,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 1 << 20,
+        },
+    ),
+    "mamba2-4M": ("Mamba2", {"hidden_size": 256, "num_hidden_layers": 4, "num_heads": 8, **MAMBA2, "vocab_size": 8000}),
     "mamba2-100M": ("Mamba2", {"hidden_size": 768, "num_hidden_layers": 24, "num_heads": 24, **MAMBA2}),
     "mamba2-20M": ("Mamba2", {"hidden_size": 384, "num_hidden_layers": 6, "num_heads": 12, **MAMBA2}),
     "qwen3.5-100M": (

@@ -108,7 +108,11 @@ def save(name: str, rows: list[dict[str, Any]], arguments: Sequence[str] | None 
     the place of paths of one machine.
     """
     command = " ".join(["python -m", f"benchmarks.{name}", *(sys.argv[1:] if arguments is None else arguments)])
-    path = RESULTS / f"{name}.json"
+    return write(RESULTS / f"{name}.json", command, rows)
+
+
+def write(path: Path, command: str, rows: list[dict[str, Any]]) -> Path:
+    """Write rows with the command and the machine that measured them."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"command": command, "machine": describe_machine(), "rows": rows}, indent=1) + "\n")
     return path
