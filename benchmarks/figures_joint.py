@@ -137,8 +137,8 @@ def others_sentence(results: Row) -> str:
         ours = next((r for r in rows if [r[n] for n in KEY] == [row[n] for n in KEY[:2]] + [OURS, row["chunk"]]), None)
         if row["method"] == PUBLISHED and "default" in row and row.get("form") == "iter" and ours is not None:
             times = row.get("over_ours") or row["default"]["seconds"] / ours["default"]["seconds"]
-            words.append(f"{times:.1f} times at {row['case']} in chunks of {row['chunk']}")
-    found = [f"The paper's published code takes our time {', '.join(words)}, for the same gradient."] if words else []
+            words.append(f"{times:.1f} times as long ({row['case']}, C = {row['chunk']})")
+    found = [f"For the same gradient the paper's published code takes {', '.join(words)}."] if words else []
     others = [row for row in rows if row["method"] == PERFORMER_PYTORCH]
     told = [f"{row['case']} ({row['tokens']:,} tokens): {short(row)}" for row in others]
     found += [f"`performer-pytorch`, a like model of the same shape: {'; '.join(told)}."] if told else []
@@ -154,12 +154,13 @@ def short(row: Row) -> str:
         return ""
     if "failed" in row or "skipped" in row:
         return str(row.get("failed", row.get("skipped"))).split(",")[0]
-    return f"{row['resident_bytes'] / 1e6:,.0f} MB, {row['default']['seconds']:.2g} s"
+    taken = row["default"]["seconds"]
+    return f"{row['resident_bytes'] / 1e6:,.0f} MB, {taken:.{1 if taken >= 1 else 2}f} s"
 
 
 def joint_sentence(results: Row) -> str:
     """What stands below the whole table."""
-    failed = [row for row in results["rows"] if "failed" in row]
+    failed = any("failed" in row for row in results["rows"])
     words = (
         "Memory: resident above what the process held before, gradients of the parameters included; in brackets the "
         "bytes of tensors alive, counted. Seconds: medians of rounds in which the methods of a case take turns, and "
@@ -170,7 +171,7 @@ def joint_sentence(results: Row) -> str:
         words += "The published code's rows were measured by `python -m benchmarks.published FOLDER`, beside ours. "
     if any(row["method"] == PERFORMER_PYTORCH for row in results["rows"]):
         words += "performer-pytorch's model has the same shape and is another one: its error is against itself. "
-    return words + (f"{len(failed)} rows say what kept them from their figures." if failed else "")
+    return words + ("Where a row has words in the place of figures, they say why." if failed else "")
 
 
 def joint_block(results: Row) -> str:
@@ -196,8 +197,9 @@ def draw_joint(results: Row, path: Path = IMAGES / "joint.png") -> None:
         ours = [row for row in rows if row["method"] == OURS and not row.get("tape")]
         axes.plot([memory(row) for row in ours], [time(row) for row in ours], color=STYLES[OURS][0], linewidth=1)
         for row in rows:
-            colour, marker = STYLES.get(row["method"], OTHERS)
-            name = NAMES.get(row["method"], OURS if row["method"] == OURS else "others (see the table)")
+            method = OURS if row["method"].startswith(OURS) else row["method"]
+            colour, marker = STYLES.get(method, OTHERS)
+            name = NAMES.get(method, OURS if method == OURS else "others (see the table)")
             labels[name] = axes.plot([memory(row)], [time(row)], marker, color=colour, markersize=5)[0]
         axes.set_title(f"{rows[0]['case']}, {rows[0]['tokens']:,}", loc="left", fontsize=8)
         axes.set_xscale("log")
