@@ -23,6 +23,8 @@ from torch.autograd.function import FunctionCtx
 if TYPE_CHECKING:
     from slimgrad.gradients.buffers import Gather
 
+_unsafe_view = torch.ops.aten._unsafe_view.default  # looked up once: there are a dozen calls a chunk
+
 
 class _Linear(torch.autograd.Function):
     """`F.linear` whose weight gradient is added into the gathering buffer by one matrix product."""
@@ -33,7 +35,7 @@ class _Linear(torch.autograd.Function):
         cast(Any, ctx).weight, cast(Any, ctx).gather = weight, gather
         y = F.linear(x, weight, bias)
         # with a bias it is a view, and what an own function returns as a view may not be written to in place
-        return torch.ops.aten._unsafe_view.default(y, list(y.shape)) if y._is_view() else y
+        return _unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:

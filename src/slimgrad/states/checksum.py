@@ -24,7 +24,7 @@ def checksum(x: Tensor) -> Tensor:
     total: Tensor | None = None
     length = _PIECE if x.device.type == "cpu" else _PIECE_ELSEWHERE
     for start in range(0, max(bits.numel(), 1), length):
-        piece = bits[start : start + length]
+        piece = bits[start : start + length] if bits.numel() > length else bits
         weights = torch.arange(2 * start + 1, 2 * (start + piece.numel()) + 1, 2, device=x.device)
         if piece.dtype is torch.int64:  # folded by a bijection: the shift must not bring the sign in
             piece = (piece >> 32).bitwise_and_(0xFFFFFFFF).bitwise_xor_(piece)

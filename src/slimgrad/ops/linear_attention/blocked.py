@@ -36,6 +36,7 @@ backward; best of many runs, repeatable to about 10%):
 # pyright: reportConstantRedefinition=false, reportIncompatibleMethodOverride=false
 # The paper's symbols are capitals (R, S, G) and are rebound; autograd.Function types its methods as (*args).
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -111,21 +112,25 @@ def _groups(x: Tensor, block: int) -> list[_Group]:
 
 
 def _rows(x_BTHX: Tensor, group: _Group) -> Tensor:
-    """View a group's tokens as [blocks, B, H, c, X]."""
-    B, _, H, X = x_BTHX.shape
+    """View a group's tokens as [blocks, B, H, c, X]; those of one block as [B, H, c, X]."""
+    B, T, H, X = x_BTHX.shape
     start, stop, n, _ = group
-    return x_BTHX[:, start:stop].view(B, n, (stop - start) // n, H, X).permute(1, 0, 3, 2, 4)
+    here = x_BTHX if stop - start == T else x_BTHX[:, start:stop]
+    if n == 1:
+        return here.transpose(1, 2)
+    return here.view(B, n, (stop - start) // n, H, X).permute(1, 0, 3, 2, 4)
 
 
 def _fold(x_BTHX: Tensor, group: _Group, dtype: torch.dtype) -> Tensor:
-    """Copy a group's tokens as [blocks * B * H, c, X] in the working dtype."""
-    rows = _rows(x_BTHX, group)
-    folded = torch.empty(rows.shape, dtype=dtype, device=rows.device).copy_(rows)
-    return folded.view(-1, rows.shape[3], rows.shape[4])
+    """A group's tokens as [blocks * B * H, c, X] in the working dtype, to read: a copy, but of one block a view."""
+    rows = _rows(x_BTHX, group).to(dtype)
+    return rows.reshape(-1, *rows.shape[-2:])
 
 
-def _running(first: Tensor, parts: Tensor, *, backwards: bool = False) -> tuple[Tensor, Tensor]:
-    """Return for each part ``first`` plus the sum of the parts before it (after it), and the sum that goes on."""
+def _running(first: Tensor, parts: Tensor, *, backwards: bool = False) -> Tensor:
+    """Return for each part ``first`` plus the sum of the parts before it (after it)."""
+    if len(parts) == 1:
+        return first.unsqueeze(0)
     sums = torch.empty_like(parts)
     ordered, slots = list(parts.unbind(0)), list(sums.unbind(0))
     if backwards:
@@ -134,7 +139,15 @@ def _running(first: Tensor, parts: Tensor, *, backwards: bool = False) -> tuple[
     slots[0].copy_(first)
     for i in range(1, len(slots)):
         torch.add(slots[i - 1], ordered[i - 1], out=slots[i])
-    return sums, slots[-1] + ordered[-1]
+    return sums
+
+
+def _after(last: Tensor | None, parts: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Return for each part ``last`` plus the sum of the parts after it, None where that is nothing, and the whole sum."""
+    if last is None and len(parts) == 1:
+        return None, parts[0]
+    after = _running(torch.zeros_like(parts[0]) if last is None else last, parts, backwards=True)
+    return after.view(-1, *parts.shape[2:]), after[0] + parts[0]
 
 
 def _dot(x_bcM: Tensor, s_bM: Tensor) -> Tensor:
@@ -235,18 +248,21 @@ class _Attend(torch.autograd.Function):
         y = torch.empty(B, T, H, D, dtype=R.dtype, device=v.device)
         den = None if S is None else torch.empty(B, T, H, 1, dtype=R.dtype, device=v.device)
         with without_autocast(q):
-            for group in _groups(q, block):
+            groups = _groups(q, block)
+            for group in groups:
                 q_bcM, k_bcM, v_bcD = (_fold(x, group, R.dtype) for x in (q, k, v))
-                here = slice(group.first, group.first + group.num_blocks)
-                R_before, R_NMD = _running(R_NMD, R_nNMD[here])
+                R_here = R_nNMD[group.first : group.first + group.num_blocks]
+                R_before = _running(R_NMD, R_here)
                 P_bcc = torch.bmm(q_bcM, k_bcM.mT).tril_()
                 num_bcD = torch.bmm(q_bcM, R_before.view(-1, M, D)).baddbmm_(P_bcc, v_bcD)
-                y_rows = _rows(y, group)
+                y_rows, is_last = _rows(y, group), group is groups[-1]
+                R_NMD = R_NMD if is_last else R_before[-1] + R_here[-1]
                 if den is None or S_NM is None or S_nNM is None:
                     y_rows.copy_(num_bcD.view(y_rows.shape))
                     continue
-                S_before, S_NM = _running(S_NM, S_nNM[here])
-                den_rows = _rows(den, group)
+                S_here = S_nNM[group.first : group.first + group.num_blocks]
+                S_before, den_rows = _running(S_NM, S_here), _rows(den, group)
+                S_NM = S_NM if is_last else S_before[-1] + S_here[-1]
                 den_bc1 = P_bcc.sum(-1, keepdim=True).add_(_dot(q_bcM, S_before.view(-1, M))).add_(eps)
                 den_rows.copy_(den_bc1.view(den_rows.shape))
                 torch.div(num_bcD.view(y_rows.shape), den_bc1.view(den_rows.shape), out=y_rows)
@@ -299,35 +315,44 @@ def _attend_backward(dy: Tensor, saved: tuple[Any, ...], block: int) -> tuple[Te
     groups = _groups(q, block)
     states = _states_before_groups(k, v, R, S, groups)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    G_NMD, g_NM = R.new_zeros(B * H, M, D), None if S is None else R.new_zeros(B * H, M)
+    G_NMD: Tensor | None = None  # what comes from later groups
+    g_NM: Tensor | None = None
     for group, (R_NMD, S_NM) in zip(reversed(groups), reversed(states), strict=True):
         n, shape = group.num_blocks, _rows(q, group).shape[:-1]
         q_bcM, k_bcM, v_bcD, e_bcD = (_fold(x, group, dtype) for x in (q, k, v, dy))
         w_bc1 = None
         if den is not None:
-            den_bc1 = _fold(den, group, dtype)
-            e_bcD.div_(den_bc1)
-            w_bc1 = _fold(y, group, dtype).mul_(e_bcD).sum(-1, keepdim=True).neg_()
-        R_before, _ = _running(R_NMD, torch.bmm(k_bcM.mT, v_bcD).view(n, -1, M, D))
-        G_after, G_NMD = _running(G_NMD, torch.bmm(q_bcM.mT, e_bcD).view(n, -1, M, D), backwards=True)
-        R_before, G_after = R_before.view(-1, M, D), G_after.view(-1, M, D)
+            e_bcD = e_bcD / _fold(den, group, dtype)
+            w_bc1 = (_fold(y, group, dtype) * e_bcD).sum(-1, keepdim=True).neg_()
+        R_before = R_NMD if n == 1 else _running(R_NMD, torch.bmm(k_bcM.mT, v_bcD).view(n, -1, M, D)).view(-1, M, D)
+        G_here = torch.bmm(q_bcM.mT, e_bcD).view(n, -1, M, D)
+        G_after, G_NMD = _after(G_NMD, G_here)
         P_bcc = torch.bmm(q_bcM, k_bcM.mT).tril_()
-        dv_bcD = torch.bmm(P_bcc.mT, e_bcD).baddbmm_(k_bcM, G_after)
+        dv_bcD = torch.bmm(P_bcc.mT, e_bcD)
         if w_bc1 is None:
             dP_bcc = torch.bmm(e_bcD, v_bcD.mT).tril_()
         else:
             dP_bcc = torch.baddbmm(w_bc1.expand_as(P_bcc), e_bcD, v_bcD.mT).tril_()
         dq_bcM = torch.bmm(dP_bcc, k_bcM).baddbmm_(e_bcD, R_before.mT)
-        dk_bcM = torch.bmm(dP_bcc.mT, q_bcM).baddbmm_(v_bcD, G_after.mT)
-        if w_bc1 is not None and S_NM is not None and g_NM is not None:
-            S_before, _ = _running(S_NM, k_bcM.sum(1).view(n, -1, M))
-            g_after, g_NM = _running(g_NM, torch.bmm(w_bc1.mT, q_bcM).view(n, -1, M), backwards=True)
+        dk_bcM = torch.bmm(dP_bcc.mT, q_bcM)
+        if G_after is not None:
+            dv_bcD.baddbmm_(k_bcM, G_after)
+            dk_bcM.baddbmm_(v_bcD, G_after.mT)
+        if w_bc1 is not None and S_NM is not None:
+            S_before = S_NM if n == 1 else _running(S_NM, k_bcM.sum(1).view(n, -1, M))
+            g_after, g_NM = _after(g_NM, torch.bmm(w_bc1.mT, q_bcM).view(n, -1, M))
             dq_bcM.addcmul_(w_bc1, S_before.view(-1, 1, M))
-            dk_bcM.add_(g_after.view(-1, 1, M))
+            if g_after is not None:
+                dk_bcM.add_(g_after.view(-1, 1, M))
         _rows(dq, group).copy_(dq_bcM.view(*shape, M))
         _rows(dk, group).copy_(dk_bcM.view(*shape, M))
         _rows(dv, group).copy_(dv_bcD.view(*shape, D))
+    assert G_NMD is not None
     return dq, dk, dv, G_NMD.view(B, H, M, D), None if g_NM is None else g_NM.view(B, H, M)
+
+
+for _function in (_Sums, _Attend):  # torch asks for it at each call, and inspect takes as long as two products
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # pyright: ignore
 
 
 def _or_zeros(tangent: Tensor | None, primal: Tensor) -> Tensor:
