@@ -12,8 +12,9 @@ A case is one sequence of one model, a row one method of it. In this order:
    performer-pytorch's, is held against its own, over fewer tokens.
 2. Memory: in a child of its own, what the whole gradient takes at its peak, resident and above what was there, with the
    parameters' gradients; and counted, the bytes of tensors alive.
-3. Time: the children of a case take turns within rounds, so that what disturbs one disturbs all. Medians, least and
-   most; ratios are of one round. By malloc's default, and with a heap that nothing is returned from ("warm").
+3. Time: processor seconds of the one thread. The children of a case take turns within rounds, so that what disturbs
+   one disturbs all. Medians, least and most; ratios are of one round. By malloc's default, and with a heap that nothing
+   is returned from ("warm").
 4. The limit is what a gradient cannot be faster than without doing less: the FLOPs of plain backpropagation at the rate
    at which this machine multiplies the very matrices of it, measured in the same rounds.
 

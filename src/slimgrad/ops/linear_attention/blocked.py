@@ -143,7 +143,7 @@ def _running(first: Tensor, parts: Tensor, *, backwards: bool = False) -> Tensor
 
 
 def _after(last: Tensor | None, parts: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Return for each part ``last`` plus the sum of the parts after it, None where that is nothing, and the whole sum."""
+    """Return for each part ``last`` plus the sum of the parts after it (None: nothing), and the whole sum."""
     if last is None and len(parts) == 1:
         return None, parts[0]
     after = _running(torch.zeros_like(parts[0]) if last is None else last, parts, backwards=True)
