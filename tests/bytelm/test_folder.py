@@ -113,9 +113,36 @@ def test_metrics_that_are_spoilt_before_the_snapshot_are_named(mine: Path) -> No
     lines = metrics.read_bytes().splitlines(keepends=True)
     spoilt = b"".join([*lines[:2], b"{\n", *lines[3:]])
     metrics.write_bytes(spoilt)
-    with pytest.raises(InputError, match=r"metrics\.jsonl, line 3: expected the row of a step, it cannot be read\."):
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 3: expected the row of a step, in order, found what"):
         RunFolder.reopen(mine)
     assert metrics.read_bytes() == spoilt
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ((2, "step", 8), "line 3: .* found step 8"),
+        ((0, "step", 9), "line 2: .* found step 2"),
+        ((3, "step", 2), "line 4: .* found step 2"),
+        ((1, "step", 2.5), "line 2: .* found what cannot be read"),
+        ((0, "step", True), "line 1: .* found what cannot be read"),
+        ((4, "bits", "many"), "line 5: .* found what cannot be read"),
+        ((4, "seconds", None), "line 5: .* found what cannot be read"),
+        ((5, None, None), "line 6: .* found the end of the file"),
+        ((2, None, None), "line 3: .* found step 4"),
+    ],
+)
+def test_metrics_that_were_edited_are_named_and_no_row_is_cut(
+    change: tuple[int, str | None, object], message: str, mine: Path
+) -> None:
+    metrics = mine / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    index, name, value = change
+    lines[index] = "" if name is None else json.dumps(json.loads(lines[index]) | {name: value}) + "\n"
+    metrics.write_text("".join(lines))
+    with pytest.raises(InputError, match=message):
+        RunFolder.reopen(mine)
+    assert metrics.read_text() == "".join(lines)
 
 
 def test_an_unfinished_last_line_is_no_row(mine: Path) -> None:

@@ -78,7 +78,7 @@ def test_under_a_limit_plain_backpropagation_fails_and_chunks_give_the_same_bits
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
               torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-              RuntimeError("could not create a primitive")]
+              RuntimeError("could not create a primitive"), RuntimeError("Storage size calculation overflowed")]
 )  # fmt: skip
 def test_every_way_to_run_out_of_memory_is_one_error(error: Exception) -> None:
     with pytest.raises(MemoryLimitError, match="fine-tuning: memory ran out"), out_of_memory("fine-tuning", 8):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import slimgrad
 from slimgrad.bytelm import TrainConfig
 from slimgrad.bytelm.config import describe
 from slimgrad.bytelm.presets import PRESETS
+from slimgrad.cli import main
 from slimgrad.cli.app import app
 from slimgrad.models import Performer, PerformerConfig
 from tests.cli.running import run, succeed
@@ -30,6 +32,7 @@ def test_every_command_explains_itself(command: str) -> None:
 
 HELP = """
 import sys
+from slimgrad.cli import main
 from slimgrad.cli.app import app
 for line in (["--help"], *([command, "--help"] for command in sys.argv[1:]), ["trian"], ["train", "--no-such"]):
     try:
@@ -59,10 +62,33 @@ def test_numbers_of_a_run_are_explained_by_the_configuration_itself() -> None:
         assert options[name].opts == [f"--{name.replace('_', '-')}"]
 
 
+def test_the_help_lists_presets_names_and_defaults() -> None:
+    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", succeed("train", "--help").stdout).split())
+    assert f"numbers that suit it: {', '.join(PRESETS)}. [default: (modern)]" in shown
+    assert "--steps <int> Optimiser steps. [default: (the preset's, of modern 1600)]" in shown
+    names = {field.name for field in dataclasses.fields(TrainConfig)} - {"model", "parts"}
+    names |= {f"model.{field.name}" for field in dataclasses.fields(PerformerConfig)}
+    missing = [name for name in names if f"--{name.replace('_', '-')}" not in shown and f" {name}" not in shown]
+    assert not missing
+
+
 def test_the_help_lists_every_command() -> None:
     shown = succeed("--help").stdout
     for command in COMMANDS:
         assert command in shown
+
+
+def test_an_interrupt_before_a_command_has_begun_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slimgrad.cli.require_extra", interrupted)  # while others' packages are imported
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "slimgrad: interrupted\n"
 
 
 def test_the_version_is_the_library_s() -> None:

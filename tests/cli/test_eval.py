@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import slimgrad
 from slimgrad.bytelm import open_model
 from slimgrad.cli.app import app
-from tests.cli.running import FOX, snapshots, succeed
+from tests.cli.running import FOX, TINY, refuse, snapshots, succeed
 
 
 def bits_of(run: Path, *texts: bytes) -> float:
@@ -30,7 +30,7 @@ def bits_of(run: Path, *texts: bytes) -> float:
 @pytest.mark.parametrize("chunk", [3, 100, 4096])
 def test_a_file_costs_what_the_library_says_of_the_whole(chunk: int, trained: Path, fox: Path) -> None:
     result = succeed("eval", trained, fox, "--chunk", chunk)
-    first, second = result.stdout.splitlines()
+    first, second, _ = result.stdout.splitlines()
     assert first == f"{bits_of(trained, FOX):.4f} bits per byte: {fox}, {len(FOX):,} bytes as one sequence"
     assert second.startswith(f"{len(FOX) - 1:,} bytes predicted in ")
 
@@ -57,6 +57,19 @@ def test_a_run_its_snapshot_and_its_model_s_file_agree(trained: Path, fox: Path)
     assert succeed("eval", snapshots(trained)[0], fox).stdout.splitlines()[0] not in firsts
 
 
+def test_the_step_that_was_read_is_said_and_whether_the_run_diverged_after_it(
+    trained: Path, fox: Path, tmp_path: Path
+) -> None:
+    assert f"\n{trained}: step 6 of 6\n" in succeed("eval", trained, fox).stdout
+    first = snapshots(trained)[0]
+    assert f"\n{first}: step 4 of 6\n" in succeed("eval", first, fox).stdout
+    assert len(succeed("eval", first / "model.safetensors", fox).stdout.splitlines()) == 2  # which does not tell
+    out = tmp_path / "run"
+    refuse(1, "train", fox, *TINY, "--learning-rate", 1e30, "--save-every", 1, "--out", out)
+    step = int(snapshots(out)[-1].name.removeprefix("step-"))
+    assert f"\n{out}: step {step} of 6, after which the run diverged\n" in succeed("eval", out, fox).stdout
+
+
 def test_progress_goes_to_standard_error_alone(trained: Path, fox: Path) -> None:
     arguments = ["eval", str(trained), str(fox), "--chunk", "8"]
     shown = CliRunner().invoke(app, arguments, env={"FORCE_COLOR": "1", "COLUMNS": "100", "TERM": "xterm"})
@@ -64,4 +77,4 @@ def test_progress_goes_to_standard_error_alone(trained: Path, fox: Path) -> None
     assert "bits/byte" in shown.stderr
     assert "bits/byte" not in shown.stdout
     assert "\x1b" not in shown.stdout
-    assert len(shown.stdout.splitlines()) == 2
+    assert len(shown.stdout.splitlines()) == 3

@@ -58,6 +58,15 @@ def test_without_a_folder_the_run_is_named_after_the_text(
     assert folder.name.startswith("sphinx-")
 
 
+def test_a_model_without_a_run_is_told_where_its_numbers_come_from(trained: Path, fox: Path) -> None:
+    file = snapshots(trained)[-1] / "model.safetensors"
+    message = refuse(2, "finetune", file, fox)
+    assert (
+        f"{file} is a model without a run, which has no numbers to train with. Name a run's folder, or take" in message
+    )
+    assert f"slimgrad train CORPUS --init {file} --preset modern" in message
+
+
 @pytest.mark.parametrize("memory", ["much", "-5MB", "5 TB", ""])
 def test_a_badly_written_limit_is_refused(
     memory: str, trained: Path, sphinx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

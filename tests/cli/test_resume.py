@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -157,8 +159,58 @@ def test_a_finished_run_whose_metrics_were_removed_ends_well_again(mine: Path) -
 def test_metrics_that_are_spoilt_are_refused_and_left_as_they_are(mine: Path) -> None:
     (mine / "metrics.jsonl").write_bytes(b"{\n")
     message = refuse(2, "train", "--resume", mine)
-    assert "metrics.jsonl, line 1: expected the row of a step, it cannot be read. Mend it, or remove" in message
+    assert "metrics.jsonl, line 1: expected the row of a step, in order, found what cannot be read. Mend it" in message
     assert (mine / "metrics.jsonl").read_bytes() == b"{\n"
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> str:
+    record = json.loads((folder / "config.json").read_text())
+    change(record)
+    (folder / "config.json").write_text(json.dumps(record))
+    return (folder / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda record: record["config"].update(steps=2),
+            "in config.json at least the 6 steps that are done, found 2",
+        ),
+        (lambda record: record.update(sessions=3), "expected a list of sessions in config.json, found 3. Remove it"),
+        (lambda record: record.update(corpus=None), "expected a record of the run's corpus in config.json, with its"),
+        (lambda record: record.pop("corpus"), "expected a record of the run's corpus in config.json, with its"),
+        (lambda record: record["corpus"].pop("sha256"), "expected a record of the run's corpus in config.json, with"),
+        (lambda record: record.update(corpus="fox.txt"), "expected a record of the run's corpus in config.json, with"),
+        (lambda record: record.update(plan="binomial"), "expected a plan as Plan.to_dict gives it, got 'binomial'"),
+        (lambda record: record.update(config=[]), "expected the record of a run, it cannot be read"),
+    ],
+)
+def test_a_record_that_was_edited_is_refused_and_left_as_it_is(
+    change: Callable[[dict[str, Any]], object], message: str, mine: Path
+) -> None:
+    written = edit(mine, change)
+    assert message in refuse(2, "train", "--resume", mine)
+    assert (mine / "config.json").read_text() == written
+
+
+def test_a_corpus_that_the_record_lost_is_named_and_recorded_again(mine: Path, fox: Path) -> None:
+    before = json.loads((mine / "config.json").read_text())["corpus"]
+    edit(mine, lambda record: record.update(corpus=None))
+    succeed("train", fox, "--resume", mine)
+    assert json.loads((mine / "config.json").read_text())["corpus"] == before
+
+
+def test_numbers_that_were_edited_are_told_and_those_that_may_change_are_not(mine: Path, trained: Path) -> None:
+    before = snapshots(mine)[0]
+    edit(mine, lambda record: record["config"].update(seed=5, learning_rate=0.5, chunk=8))
+    said = " ".join(succeed("train", "--resume", before).stdout.split())
+    told = "config.json was edited, this is another run from here on: "
+    assert f"{told}learning_rate 0.01 is now 0.5, seed 0 is now 5" in said
+    assert measured(mine) != measured(trained)
+    assert "was edited" not in succeed("train", "--resume", mine).stdout
+    succeed("train", "--resume", mine, "--steps", 2, "--learning-rate", 0.001)
+    assert "was edited" not in succeed("train", "--resume", mine).stdout
 
 
 def test_a_run_that_another_process_works_on_is_refused(mine: Path) -> None:

@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -57,15 +58,24 @@ def test_a_run_goes_on_without_a_screen_and_says_so_once(fox: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("command", ["eval", "generate"])
-def test_what_is_only_there_to_be_read_ends_with_one_message(command: str, trained: Path, fox: Path) -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
+@pytest.mark.parametrize("place", ["a pipe that nobody reads", "a full disk"])
+def test_what_is_only_there_to_be_read_ends_with_one_message(
+    place: str, command: str, trained: Path, fox: Path
+) -> None:
+    if place == "a full disk":
+        if not Path("/dev/full").exists():
+            pytest.skip("no /dev/full")
+        writing, words = os.open("/dev/full", os.O_WRONLY), b"No space left on device"
+    else:
+        reading, writing = os.pipe()
+        os.close(reading)
+        words = b"Broken pipe"
     try:
         done = child(command, trained, *([fox] if command == "eval" else []), stdout=writing)
     finally:
         os.close(writing)
     assert done.returncode == 1
-    assert done.stderr == b"slimgrad: standard output: expected to write to it, got: Broken pipe\n"
+    assert done.stderr == b"slimgrad: standard output: expected to write to it, got: " + words + b"\n"
 
 
 @pytest.mark.skipif(os.name != "posix" or sys.platform == "darwin", reason="names of any bytes")
@@ -177,6 +187,13 @@ def test_standard_input_cannot_be_trained_on(trained: Path) -> None:
     assert succeed("eval", trained, "-", stdin=FOX).stdout
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_pipe_cannot_be_trained_on(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert "found a pipe, and a text is read more than once" in refuse(2, "train", pipe, *TINY)
+
+
 # --- what is asked for ---
 
 
@@ -195,14 +212,29 @@ def test_a_run_is_verified_by_its_shape(trained: Path) -> None:
 
 def test_a_file_and_a_name_that_is_too_long_are_called_so(fox: Path, tmp_path: Path) -> None:
     assert "expected the folder of a run, found a file" in refuse(2, "train", "--resume", fox)
-    assert "File name too long" in refuse(2, "train", fox, *TINY, "--out", tmp_path / ("a" * 300))
+    long = tmp_path / ("a" * 300)
+    for command in (
+        ("train", fox, *TINY, "--out", long), ("train", long, *TINY), ("train", "--resume", long), ("eval", long, fox),
+        ("generate", long), ("finetune", long, fox), ("train", fox, *TINY, "--init", long),
+    ):  # fmt: skip
+        assert "File name too long" in refuse(2, *command)
 
 
 def test_what_no_machine_has_memory_for_is_one_message(fox: Path, tmp_path: Path) -> None:
-    wide = (*SIZE, "--set", "model.width=4000000", "--set", "model.heads=2", "--out", tmp_path / "run")
+    wide = (*SIZE, "--set", "model.width=4000000000", "--set", "model.heads=2", "--out", tmp_path / "run")
     assert "memory ran out" in refuse(1, "train", fox, *wide)
     few = ("--set", "model.vocabulary=100", "--out", tmp_path / "run")
     assert "model.vocabulary=100: expected 256 at least" in refuse(2, "train", fox, *TINY, *few)
+    assert "model.vocabulary=100: expected 256 at least" in refuse(2, "train", "copying", *TINY, *few)
+
+
+def test_threads_that_cannot_start_are_one_message(fox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    message = refuse(1, "train", fox, *TINY, "--out", tmp_path / "run")
+    assert "can't start new thread: memory or processes are limited to less than a run takes (ulimit)" in message
 
 
 def test_an_evaluation_that_is_interrupted_says_what_it_has(

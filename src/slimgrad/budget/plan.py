@@ -67,5 +67,5 @@ class Plan:
             values["reasons"] = tuple(values["reasons"])
             assert values["schedule"] is not None
             return Plan(**values)
-        except (KeyError, TypeError, AssertionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
             raise InputError(f"expected a plan as Plan.to_dict gives it, got {saved!r:.200}") from error

@@ -24,9 +24,9 @@ from slimgrad.bytelm.row import Row
 from slimgrad.errors import InputError
 from slimgrad.models.performer import Performer
 from slimgrad.runs import folder as runs
-from slimgrad.runs.folder import CONFIG, METRICS, latest_snapshot, split_snapshot_path
+from slimgrad.runs.folder import CONFIG, METRICS, SNAPSHOTS, latest_snapshot, split_snapshot_path
 from slimgrad.runs.journal import Journal
-from slimgrad.runs.snapshot import MODEL, read_snapshot, restore
+from slimgrad.runs.snapshot import DIVERGED, MODEL, list_snapshots, read_snapshot, restore
 
 
 class RunFolder(runs.RunFolder[Row]):
@@ -66,7 +66,7 @@ class RunFolder(runs.RunFolder[Row]):
 
     def save(self, *, step: int, bytes_seen: int, model: Performer, optimizer: torch.optim.Optimizer) -> None:
         """A snapshot, after the metrics up to it are on the disk."""
-        noted = {"bytes_seen": bytes_seen}
+        noted = {"bytes_seen": bytes_seen, "config": self.record["config"]}
         self.save_snapshot(step=step, model=model, optimizer=optimizer, noted=noted, metadata=describe_shape(model))
 
     def load(self, model: Performer, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
@@ -113,6 +113,18 @@ def open_model(path: Path) -> tuple[Performer, TrainConfig | None]:
     if snapshot is None:
         raise InputError(f"{path}: expected a trained model, the run has no snapshot yet. Let it go on first")
     return read_model(snapshot.path / MODEL), config
+
+
+def describe_step(path: Path, config: TrainConfig | None) -> str:
+    """In words, of which step the model is that `open_model` finds there; "" for a file, which does not tell."""
+    if path.is_file():
+        return ""
+    folder, named = split_snapshot_path(path)
+    snapshot = named or list_snapshots(folder / SNAPSHOTS)[0]
+    step = int(snapshot.name.removeprefix("step-"))
+    of_all = "" if config is None else f" of {config.steps:,}"
+    ended = ", after which the run diverged" if any(snapshot.parent.glob(f"{DIVERGED}*")) else ""
+    return f"{named or folder}: step {step:,}{of_all}{ended}"
 
 
 def seconds_so_far(folder: Path) -> float:

@@ -46,6 +46,9 @@ PRESETS: dict[str, TrainConfig] = {
 }
 
 
+DEFAULT_PRESET = "modern"
+
+
 def get_preset(name: str) -> TrainConfig:
     """The preset of that name."""
     if name not in PRESETS:

@@ -16,8 +16,9 @@ from typing import Annotated, Any
 import typer
 
 from slimgrad.bytelm.config import describe
-from slimgrad.cli.knobs import with_numbers
-from slimgrad.cli.screen import flush, output_is_gone
+from slimgrad.bytelm.presets import DEFAULT_PRESET, PRESETS
+from slimgrad.cli.knobs import default_of, further_names, with_numbers
+from slimgrad.cli.screen import CANNOT_WRITE, flush, output_is_gone
 from slimgrad.errors import InputError, SlimgradError
 
 EXPERIMENTS = (
@@ -50,14 +51,26 @@ def _length(word: str) -> int | str:
         raise typer.BadParameter(f"expected a number of bytes, or all, got {word!r}") from None
 
 
-Length = Annotated[Any, typer.Option(parser=_length, metavar="INTEGER|all", help=describe("length"))]
+OF_TRAINING = (
+    "format", "field", "fold_case", "validation", "chunk", "memory", "schedule", "method", "windows", "batch",
+    "accumulate", "device", "precision", "optimizer", "learning_rate", "decay", "steps", "eval_every", "save_every",
+    "seed",
+)  # fmt: skip
+Length = Annotated[
+    Any,
+    typer.Option(parser=_length, metavar="INTEGER|all", help=describe("length"), show_default=default_of("length")),
+]
 Numbers = Mapping[str, Any]  # options that `knobs` makes of the configuration's fields
 RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run's folder, one of its snapshots, or a model.safetensors.")
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Any other number of the run, as config.json names it."),
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help=f"Any other number of the run, as config.json names it: {', '.join(further_names(OF_TRAINING))}.",
+    ),
 ]
 Out = Annotated[Path | None, typer.Option(help="A new folder for the results.", show_default="runs/CORPUS-DATE-TIME")]
 Log = Annotated[str | None, typer.Option(help="Write every step for a dashboard: tensorboard or trackio.")]
@@ -66,27 +79,35 @@ DataDir = Annotated[Path | None, typer.Option(help="Where named corpora lie, ins
 
 @contextmanager
 def one_clear_message() -> Generator[None]:
-    """Turn the library's own errors, memory that is not there, and an interrupt into a message and an exit status."""
+    """Turn the library's own errors, what the system refuses, and an interrupt into a message and an exit status."""
     from slimgrad.sweep.allocation import is_allocation_failure
 
     try:
         yield
         flush()
     except SlimgradError as error:
-        print(f"slimgrad: {error}", file=sys.stderr)
-        raise typer.Exit(2 if isinstance(error, InputError) else 1) from error
-    except BrokenPipeError as error:  # nothing else is a pipe here
-        print(f"slimgrad: {output_is_gone(error)}", file=sys.stderr)
-        raise typer.Exit(1) from error
+        raise _end(2 if isinstance(error, InputError) else 1, str(error)) from error
+    except OSError as error:
+        if error.filename is not None:
+            words = f"{error.filename}: expected to use it, got: {error.strerror}. Check the path and its rights"
+            raise _end(2, words) from error
+        if error.errno in CANNOT_WRITE:  # what is written elsewhere says of itself
+            raise _end(1, str(output_is_gone(error))) from error
+        raise
     except (MemoryError, RuntimeError) as error:
-        if not is_allocation_failure(error):
-            raise
-        print(f"slimgrad: memory ran out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
-        raise typer.Exit(1) from error
+        words = " ".join(str(error).split())[:200]
+        if is_allocation_failure(error):
+            raise _end(1, f"memory ran out: {words}") from error
+        if words == "can't start new thread":
+            raise _end(1, f"{words}: memory or processes are limited to less than a run takes (ulimit)") from error
+        raise
     except KeyboardInterrupt as error:
-        number = getattr(error, "signal_number", 2)
-        print(f"slimgrad: interrupted{_how_to_go_on(error)}", file=sys.stderr)
-        raise typer.Exit(128 + number) from error
+        raise _end(128 + getattr(error, "signal_number", 2), f"interrupted{_how_to_go_on(error)}") from error
+
+
+def _end(status: int, words: str) -> typer.Exit:
+    print(f"slimgrad: {words}", file=sys.stderr)
+    return typer.Exit(status)
 
 
 def _how_to_go_on(error: KeyboardInterrupt) -> str:
@@ -111,13 +132,7 @@ def _root(  # pyright: ignore[reportUnusedFunction]
 
 
 @app.command()
-@with_numbers(
-    dict.fromkeys((
-        "format", "field", "fold_case", "validation", "chunk", "memory", "schedule", "method", "windows", "batch",
-        "accumulate", "device", "precision", "optimizer", "learning_rate", "decay", "steps", "eval_every", "save_every",
-        "seed",
-    ))
-)  # fmt: skip
+@with_numbers(dict.fromkeys(OF_TRAINING))
 def train(
     corpus: Annotated[
         str | None,
@@ -127,7 +142,10 @@ def train(
         ),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="The model's shape, and numbers that suit it.", show_default="modern")
+        str | None,
+        typer.Option(
+            help=f"The model's shape, and numbers that suit it: {', '.join(PRESETS)}.", show_default=DEFAULT_PRESET
+        ),
     ] = None,
     length: Length = None,
     numbers: Numbers = MappingProxyType({}),

@@ -16,6 +16,7 @@ from torch import Tensor
 from slimgrad.budget.process import peak_resident_bytes
 from slimgrad.bytelm import CHUNKS_IN_A_PIECE, Evaluated, evaluate_stream, open_model, pick_device, read_pieces
 from slimgrad.bytelm.config import TrainConfig
+from slimgrad.bytelm.folder import describe_step
 from slimgrad.bytelm.planned import PIECE_BYTES, plan_evaluation
 from slimgrad.cli.budgeted import keep_within, peak_in_words
 from slimgrad.cli.words import megabytes
@@ -92,6 +93,8 @@ def run_evaluation(
     )
     if memory is not None:
         print(peak_in_words(memory, plan))
+    if step := describe_step(run, config):
+        print(step)
     if not ended:
         raise KeyboardInterrupt
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, cast
 
 import typer
 
 from slimgrad.bytelm.config import TrainConfig, describe, plain_type
-from slimgrad.bytelm.presets import PRESETS
+from slimgrad.bytelm.presets import DEFAULT_PRESET, PRESETS
+from slimgrad.models import PerformerConfig
 
 NUMBERS = "numbers"
 
@@ -52,13 +54,21 @@ def with_numbers(defaults: Mapping[str, str | None]) -> Callable[[Callable[..., 
 
 def _option_for(name: str, default: str | None) -> Any:
     """The annotation of a parameter that is this field of the configuration, None where it was not given."""
-    if default is None:
-        default = _same_everywhere(name)
     wanted: Any = plain_type(name)
-    return Annotated[wanted | None, typer.Option(help=describe(name), show_default=default or False)]
+    shown = default_of(name) if default is None else default
+    return Annotated[wanted | None, typer.Option(help=describe(name), show_default=shown)]
 
 
-def _same_everywhere(name: str) -> str | None:
+def default_of(name: str) -> str | bool:
+    """A field's default in words, for the help; False where its description says it."""
     default = TrainConfig.__dataclass_fields__[name].default
-    same = all(getattr(preset, name) == default for preset in PRESETS.values())
-    return str(default) if same and default is not None else None
+    if any(getattr(preset, name) != default for preset in PRESETS.values()):
+        return f"the preset's, of {DEFAULT_PRESET} {getattr(PRESETS[DEFAULT_PRESET], name)}"
+    return False if default is None else str(default)
+
+
+def further_names(options: Iterable[str]) -> list[str]:
+    """The fields that `--set` alone sets, the model's as it names them."""
+    shape = [f"model.{field.name}" for field in dataclasses.fields(PerformerConfig)]
+    own = [field.name for field in dataclasses.fields(TrainConfig)]
+    return [name for name in own if name not in {*options, "model", "length", "parts"}] + shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from slimgrad.bytelm.planned import as_planned
 from slimgrad.cli.budgeted import keep_within, plan_visibly
 from slimgrad.cli.options import HOW, Options, flag, require_one_dial
 from slimgrad.cli.session import Session, describe
-from slimgrad.cli.texts import identify_text, load_text, require_same_text, where_it_was
+from slimgrad.cli.texts import identify_text, load_text, recorded_text, require_same_text, where_it_was
 from slimgrad.cli.trackers import require_tracker
 from slimgrad.cli.training import plan_record, session_record
 from slimgrad.errors import InputError
 from slimgrad.runs.environment import describe_environment
-from slimgrad.runs.folder import latest_snapshot, split_snapshot_path
+from slimgrad.runs.folder import SNAPSHOTS, latest_snapshot, split_snapshot_path
+from slimgrad.runs.snapshot import list_snapshots
 from slimgrad.sweep.schedules.names import require_folder
 
 
@@ -42,8 +44,13 @@ def resume_training(options: Options) -> None:
             "after its end, with a --learning-rate. For anything else, begin a new run with --init"
         )
     record = read_record(split_snapshot_path(options.resume)[0])
+    if not isinstance(record.get("sessions", []), list):
+        raise InputError(
+            f"{options.resume}: expected a list of sessions in config.json, found {record['sessions']!r:.99}. Remove it"
+        )
     require_one_dial(options)
     config, plan = _as_before(record, options)
+    _require_steps(config, options.resume)
     if "steps" in options.numbers:
         config = _with_another_part(config, options)
     if "validation" in options.numbers:  # the same bytes elsewhere, as the corpus may be
@@ -54,9 +61,11 @@ def resume_training(options: Options) -> None:
     require_folder(config.schedule)
     if options.log is not None:
         require_tracker(options.log)
-    source, data_dir = where_it_was(record, config, options)
+    recorded = recorded_text(record, config, options)
+    source, data_dir = where_it_was(recorded, options)
     corpus = load_text(source, config, data_dir)
-    require_same_text(record.get("corpus"), identify_text(corpus, options), source, config.validation)
+    found = identify_text(corpus, options)
+    require_same_text(recorded, found, source, config.validation)
     task = make_task(config, corpus)
     if plan is None:
         plan = plan_visibly(config)
@@ -64,7 +73,7 @@ def resume_training(options: Options) -> None:
         use_malloc(plan.malloc)
     config = as_planned(config, plan)
     with RunFolder.reopen(options.resume) as folder:  # from here on the run changes: nothing may be refused any more
-        warnings = _restore_environment(folder)
+        warnings = [*_tell_edits(folder), *_restore_environment(folder)]
         step = folder.snapshot.step if folder.snapshot else 0
         under_way: list[str] = []
         if saved_gradient(folder.path, step + 1) is not None:
@@ -73,6 +82,8 @@ def resume_training(options: Options) -> None:
         for name in ("plan", "asked_schedule"):
             folder.record.pop(name, None)
         folder.record |= plan_record(plan, asked)
+        if recorded is None:
+            folder.record["corpus"] = found and dataclasses.asdict(found)
         folder.record.setdefault("sessions", []).append(session_record(config, step))
         folder.save_record()
         settings = describe(config, corpus, folder.record.get("origin", "its own shape"), plan)
@@ -118,6 +129,31 @@ def _with_another_part(config: TrainConfig, options: Options) -> TrainConfig:
     numbers = {name: options.numbers[name] for name in ("learning_rate", "decay") if name in options.numbers}
     parts, steps = (*config.parts, config.part_at(config.steps - 1)[1]), config.steps + more
     return dataclasses.replace(config, steps=steps, parts=parts, warmup=0.0, **numbers)
+
+
+def _require_steps(config: TrainConfig, path: Path) -> None:
+    """Refuse a record that was edited to fewer steps than are done."""
+    folder, named = split_snapshot_path(path)
+    for snapshot in [named] if named else list_snapshots(folder / SNAPSHOTS)[:1]:
+        done = int(snapshot.name.removeprefix("step-"))
+        if done > config.steps:
+            raise InputError(
+                f"{folder}: expected in config.json at least the {done:,} steps that are done, found {config.steps:,}"
+            )
+
+
+def _tell_edits(folder: RunFolder) -> list[str]:
+    """Numbers of config.json that are not those of the latest snapshot, but for those that may change on the way."""
+    before, now = folder.snapshot.noted.get("config", {}) if folder.snapshot else {}, folder.record["config"]
+    changing = {*HOW, "validation"}
+    if before.get("parts") != now.get("parts"):
+        changing |= {"parts", "steps", "learning_rate", "warmup", "decay"}
+    edits = [
+        f"{name} {before[name]} is now {now.get(name)}"
+        for name in before
+        if name not in changing and before[name] != now.get(name)
+    ]
+    return [f"config.json was edited, this is another run from here on: {', '.join(edits)}"] if edits else []
 
 
 def _restore_environment(folder: RunFolder) -> list[str]:

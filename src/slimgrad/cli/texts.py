@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from slimgrad.bytelm import TrainConfig, split_corpus
 from slimgrad.cli.options import ALL, Options
@@ -34,10 +38,9 @@ def load_text(source: str | None, config: TrainConfig, data_dir: Path | None) ->
 def fit_text(config: TrainConfig, corpus: Corpus | None, options: Options) -> TrainConfig:
     """Numbers that follow from the corpus: bytes for validation, the longest of whole documents, or all there are."""
     takes_all = options.takes_all
-    if corpus is not None and config.model.vocabulary < _BYTES:
-        raise InputError(
-            f"--set model.vocabulary={config.model.vocabulary}: expected {_BYTES} at least, a text is bytes"
-        )
+    if config.model.vocabulary < _BYTES:
+        what = "a text is bytes" if corpus is not None else "the copying task has as many symbols"
+        raise InputError(f"--set model.vocabulary={config.model.vocabulary}: expected {_BYTES} at least, {what}")
     if corpus is None:
         if takes_all:
             raise InputError(f"--length {ALL}: expected a text, the copying task has none. Name a number of symbols")
@@ -74,49 +77,69 @@ def validation_bytes(corpus: Corpus, held_out: str) -> int:
     return max(2, min(_FEW, len(corpus.text) // 10)) if share is None else corpus.bytes_of_share(share)
 
 
-def identify_text(corpus: Corpus | None, options: Options) -> dict[str, Any] | None:
-    """The corpus' bytes by their checksum, and where they were found."""
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """A corpus' bytes by their checksums, a part each, and where they were found."""
+
+    name: str
+    given: str | None
+    data_dir: str | None
+    bytes: list[int]
+    sha256: list[str]
+
+
+def identify_text(corpus: Corpus | None, options: Options) -> Identity | None:
+    """What is recorded of a corpus; None for copying."""
     if corpus is None:
         return None
     given = options.corpus
     if given is not None and given not in KNOWN:
         given = os.path.abspath(given)  # a run may go on from another working directory
     parts = [corpus.text] + ([corpus.validation] if corpus.validation else [])
-    return {
-        "name": corpus.name,
-        "given": given,
-        "data_dir": options.data_dir and os.path.abspath(options.data_dir),
-        "bytes": [len(part) for part in parts],
-        "sha256": [part.sha256() for part in parts],
-    }
+    return Identity(
+        name=corpus.name,
+        given=given,
+        data_dir=options.data_dir and os.path.abspath(options.data_dir),
+        bytes=[len(part) for part in parts],
+        sha256=[part.sha256() for part in parts],
+    )
 
 
-def where_it_was(record: dict[str, Any], config: TrainConfig, options: Options) -> tuple[str | None, Path | None]:
-    """The corpus to go on with and where its files lie: as now named, or else as the run's record has them."""
-    found = record.get("corpus")
-    if "corpus" not in record and config.task != COPYING and options.corpus is None:
+def recorded_text(record: Mapping[str, Any], config: TrainConfig, options: Options) -> Identity | None:
+    """What a run's record says of its corpus; None for copying, and where the corpus is named and nothing is said."""
+    if config.task == COPYING:
+        return None
+    try:
+        return TypeAdapter(Identity).validate_python(record["corpus"])
+    except (KeyError, ValidationError) as error:
+        if options.corpus is not None:
+            return None
         raise InputError(
-            f"{options.resume}: expected a record of the run's corpus, found none. Name the corpus: slimgrad train "
-            "CORPUS --resume RUN"
-        )
-    data_dir = found["data_dir"] if found else None
-    return options.corpus or (found["given"] if found else None), options.data_dir or (data_dir and Path(data_dir))
+            f"{options.resume}: expected a record of the run's corpus in config.json, with its checksums, found none. "
+            "Name the corpus: slimgrad train CORPUS --resume RUN"
+        ) from error
 
 
-def require_same_text(
-    before: dict[str, Any] | None, now: dict[str, Any] | None, source: str | None, validation: str
-) -> None:
+def where_it_was(found: Identity | None, options: Options) -> tuple[str | None, Path | None]:
+    """The corpus to go on with and where its files lie: as now named, or else as the run's record has them."""
+    data_dir = found.data_dir if found else None
+    return options.corpus or (found.given if found else None), options.data_dir or (
+        Path(data_dir) if data_dir else None
+    )
+
+
+def require_same_text(before: Identity | None, now: Identity | None, source: str | None, validation: str) -> None:
     """Refuse another text, or another validation, than the run began with."""
     if before is None or now is None:
         return
-    if before["sha256"][0] == now["sha256"][0] and before["sha256"] != now["sha256"]:
+    if before.sha256[:1] == now.sha256[:1] and before.sha256 != now.sha256:
         raise InputError(
             f"validation {validation}: expected the bytes that the run was validated on, found other ones. Name the "
             "file that holds the former: slimgrad train --resume RUN --validation FILE"
         )
-    if before["sha256"] != now["sha256"]:
+    if before.sha256 != now.sha256:
         raise InputError(
-            f"corpus {source or before['name']}: expected the {sum(before['bytes']):,} bytes that the run began with, "
-            f"found {sum(now['bytes']):,} bytes, and other ones. Name the file or folder that holds the former: "
+            f"corpus {source or before.name}: expected the {sum(before.bytes):,} bytes that the run began with, "
+            f"found {sum(now.bytes):,} bytes, and other ones. Name the file or folder that holds the former: "
             "slimgrad train CORPUS --resume RUN"
         )

@@ -17,7 +17,7 @@ from slimgrad.bytelm.memory import out_of_memory
 from slimgrad.bytelm.model_file import require_shape
 from slimgrad.bytelm.optimizer import check_optimizer
 from slimgrad.bytelm.planned import as_planned
-from slimgrad.bytelm.presets import get_preset
+from slimgrad.bytelm.presets import DEFAULT_PRESET, get_preset
 from slimgrad.cli.budgeted import keep_within, plan_visibly
 from slimgrad.cli.options import HOW, Options, require_one_dial, without_all
 from slimgrad.cli.session import Session, describe
@@ -30,7 +30,6 @@ from slimgrad.runs.environment import describe_environment
 from slimgrad.runs.folder import require_new
 from slimgrad.sweep.schedules.names import require_folder
 
-DEFAULT_PRESET = "modern"
 FINETUNE_STEPS, FINETUNE_RATE = 20, 0.1
 
 
@@ -102,9 +101,10 @@ def _begin(
     asked, plan = config.schedule, plan_visibly(config)
     config = as_planned(config, plan)
     settings = describe(config, corpus, origin, plan)
+    text = identify_text(corpus, options)
     record = {
         "settings": settings,
-        "corpus": identify_text(corpus, options),
+        "corpus": text and dataclasses.asdict(text),
         "origin": origin,
         "config": config.to_dict(),
         **plan_record(plan, asked),

@@ -184,7 +184,8 @@ def open_file(path: Path) -> FileBytes:
         if not path.exists():
             raise InputError(f"{path}: expected a file, found nothing of that name. Check the path")
         if not path.is_file():
-            kind = "a directory" if path.is_dir() else "neither a file nor a directory"
+            pipe = "a pipe, and a text is read more than once" if path.is_fifo() else "neither a file nor a directory"
+            kind = "a directory" if path.is_dir() else pipe
             raise InputError(f"{path}: expected a file, found {kind}. Name one file")
         with path.open("rb") as file:  # the system's own words for what it refuses
             size = os.fstat(file.fileno()).st_size

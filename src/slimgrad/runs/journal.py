@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import IO, Any, ClassVar, Generic, Protocol, TypeVar, get_args, get_type_hints
 
 from slimgrad.errors import InputError
 from slimgrad.runs.files import push_to_disk, storage_errors
@@ -61,27 +62,56 @@ class Journal(Generic[R]):
     def cut_after(self, step: int) -> None:
         """Cut off the rows after a step, and what a kill or a power cut left there in their place.
 
+        Rows may begin with any step, since those before may have been removed; from there on each follows the last.
+
         Raises:
-            InputError: a row up to that step cannot be read.
+            InputError: a row up to that step cannot be read, or is not there.
         """
         if not self.path.exists():
             return
-        end = last = 0
+        end = last = number = 0
         with storage_errors(self.path), self.path.open("rb+") as file:
             for number, line in enumerate(file, start=1):
                 row = self._parse(line)
-                if row is None and last < step:
-                    raise InputError(
-                        f"{self.path}, line {number}: expected the row of a step, it cannot be read. Mend it, or "
-                        f"remove the file to go on without the rows up to step {step:,}"
-                    )
-                if row is None or row.step > step:
+                follows = row is not None and row.step > 0 and last in (0, row.step - 1)
+                if row is None or not follows:
+                    if last < step or (row is not None and row.step <= step):
+                        raise self._spoilt(number, step, "what cannot be read" if row is None else f"step {row.step:,}")
                     break
-                end, last = end + len(line), row.step
+                last = row.step
+                end += len(line) if last <= step else 0
+            if 0 < last < step:
+                raise self._spoilt(number + 1, step, "the end of the file")
             file.truncate(end)
 
+    def _spoilt(self, number: int, step: int, found: str) -> InputError:
+        return InputError(
+            f"{self.path}, line {number}: expected the row of a step, in order, found {found}. Mend it, or remove the "
+            f"file to go on without the rows up to step {step:,}"
+        )
+
     def _parse(self, line: bytes) -> R | None:
+        """The row in a line; None where it is none, or holds what its fields cannot."""
         try:
-            return self._row(**json.loads(line)) if line.endswith(b"\n") else None
+            row = self._row(**json.loads(line)) if line.endswith(b"\n") else None
         except (ValueError, TypeError):
             return None
+        return row if row is None or _fits(row) else None
+
+
+def _fits(row: StepRow) -> bool:
+    """Whether numbers are numbers; a whole one will do for any."""
+    for name, kinds in _kinds(type(row)).items():
+        kind = type(getattr(row, name))
+        if not kinds.isdisjoint((int, float)) and kind not in kinds and not (kind is int and float in kinds):
+            return False
+    return True
+
+
+@functools.cache
+def _kinds(row: type[StepRow]) -> dict[str, set[Any]]:
+    """What each field may hold; nothing where the types cannot be resolved, as those of a class in a function."""
+    try:
+        return {name: set(get_args(hint)) or {hint} for name, hint in get_type_hints(row).items()}
+    except NameError:
+        return {}

@@ -93,4 +93,4 @@ def _reading(path: Path) -> Generator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: expected a safetensors file, got: {error}") from error
+        raise InputError(f"{path}: expected a safetensors file, got: {error}. Of a run, name the folder") from error

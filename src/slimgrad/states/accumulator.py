@@ -304,7 +304,7 @@ class Accumulator:
         """Widen the quanta of those elements that could otherwise reach the limit by adding `delta`, if there are."""
         largest = float(_most(delta))
         if not math.isfinite(largest):
-            raise NonFiniteError(f"a contribution to the sum holds a {'NaN' if math.isnan(largest) else 'infinity'}")
+            raise NonFiniteError(f"a contribution to the sum holds {'a NaN' if math.isnan(largest) else 'an infinity'}")
         where = (self._data.abs() + steps.abs() >= _LIMIT).reshape(-1)
         if not bool(where.any()):
             return False

@@ -25,6 +25,7 @@ from slimgrad.errors import SlimgradError
 
 _WORDS = re.compile(
     r"(can't|cannot|could not) allocate memory"  # torch's CPU allocator; ENOMEM in words: mapped files, shared memory
+    r"|storage size calculation overflowed"  # more bytes than can be counted
     r"|not enough memory"  # torch's CPU allocator on Windows; MKL's Fourier transforms
     r"|bad_alloc"  # C++: small things, MKL's and LAPACK's workspaces
     r"|could not create a (memory|memory object|primitive)$|could not execute a primitive$"  # oneDNN
