@@ -16,6 +16,7 @@ from benchmarks.figures_budget import (
     whole_text_sentence,
 )
 from benchmarks.figures_joint import draw_joint, joint_block, readme_block
+from benchmarks.figures_memory import draw_memory
 from benchmarks.figures_published import published_blocks
 from benchmarks.measure import RESULTS
 from benchmarks.shown import IMAGES, LABELS, ROOT, load, origin
@@ -396,24 +397,7 @@ def draw() -> None:
         draw_joint(load("joint"))
     draw_budget(plt)
     draw_whole_text(plt)
-    rows = load("memory")["rows"]
-    figure, axes = plt.subplots(figsize=(7.2, 3.8), dpi=150)
-    for method, (label, colour, marker) in LABELS.items():
-        points = sorted((r["length"], r["resident_bytes_default"] / 1e6) for r in rows if r["method"] == method)
-        axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, linewidth=2, markersize=5)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    ticks = sorted({r["length"] for r in rows})
-    axes.set_xticks(ticks, [f"{t // 1024}K" if t < 1 << 20 else "1M" for t in ticks])
-    axes.set_xlabel("tokens in the sequence")
-    axes.set_ylabel("peak memory of one gradient (MB)")
-    axes.set_title("One gradient, from 4 thousand tokens to a million", loc="left", fontsize=11)
-    axes.grid(alpha=0.3, which="both", linewidth=0.5)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(IMAGES / "memory.png", facecolor="white")
+    draw_memory(plt)
 
 
 def main() -> None:
