@@ -16,6 +16,7 @@ import slimgrad as sg
 from slimgrad import api
 from slimgrad.call import model as shared
 from slimgrad.call import outputs
+from slimgrad.call.additive import SumCheck
 from slimgrad.call.arguments import Call
 from slimgrad.call.losses import token_cross_entropy
 from slimgrad.call.program import ChunkProgram, Collected
@@ -104,6 +105,9 @@ def test_a_mean_per_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
         return token_cross_entropy(outputs, targets).sum() / (targets != -100).sum() * 2 * CHUNK
 
     monkeypatch.setattr(api, "cross_entropy_sum", mean)
+    with pytest.raises(sg.InputError, match="the mean over its chunk"):
+        contract.check(build["gated"], chunk=CHUNK)
+    monkeypatch.setattr(SumCheck, "require", lambda *args: None)
     with pytest.raises(AssertionError, match="off by"):
         contract.check(build["gated"], chunk=CHUNK)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slimgrad.budget.plan import Plan
+from slimgrad.call.additive import SumCheck
 from slimgrad.call.cudagraphs import refuse_cuda_graphs
 from slimgrad.call.model import SharedModel
 from slimgrad.call.program import ChunkProgram, LossFn, sum_dtype
@@ -175,10 +176,13 @@ class Call:
         self.gather = Gather(self._parameters, sink) if gathers else None
         self.shared = SharedModel(self.model, self.gather, options.context)
         seed = draw_seed()
+        by_targets = isinstance(options.normalizer, str)
+        self._sums = SumCheck(options.loss_fn, self.shared.devices, by_targets=by_targets)
         self.sequences = [
             self._sequence(one, goal, derive_seed(seed, index), index, collect_in, per_token)
             for index, (one, goal) in enumerate(zip(self._given, goals, strict=True))
         ]
+        self._sums.chunks = sum(len(one.cut) for one in self.sequences)
         held = [x.whole for one in self.sequences for x in (one.data.inputs, one.data.targets) if x is not None]
         self.given = tree.tensors([held, options.context])  # what takes no gradient may change as well
         self._normalizer = _checked(options.normalizer)
@@ -196,6 +200,7 @@ class Call:
                 loss_fn=loss_fn,
                 per_token=per_token,
                 collect_in=collect_in,
+                sums=self._sums,
             )
         except InputError as error:
             if not self.is_list:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -56,18 +57,31 @@ def count_targets(targets: Any, batch: int, time: int) -> int:
 
 
 def is_mean_over_time(loss: Tensor, batch: int, span: tuple[int, int]) -> bool:
-    """Whether `loss` was made by one mean over the tokens of a chunk, as far as its graph tells.
+    """Whether `loss` was made by a mean over the tokens of a chunk, as far as its graph tells.
 
-    A mean over the batch alone adds up over chunks, and so does the mean of a single token.
+    Looked for behind whatever was done to single numbers since (`mean / 4`, `mean + penalty`). A mean over the batch
+    alone adds up over chunks, and so does the mean of a single token.
     """
-    made_by: Any = loss.grad_fn
     time = span[1] - span[0]
-    if made_by is None or time == 1:
-        return False
-    if getattr(made_by, "_saved_reduction", None) == 1:  # torch's own losses: 0 is none, 1 the mean, 2 the sum
-        shape = tuple(made_by._saved_self.shape)
-    elif type(made_by).__name__.startswith("MeanBackward"):
-        shape = tuple(made_by._saved_self_sym_sizes)
-    else:
-        return False
-    return shape[:2] == (batch, time) or shape[:1] == (batch * time,)
+    nodes: list[Any] = [] if loss.grad_fn is None or time == 1 else [loss.grad_fn]
+    for node in nodes:  # it grows
+        name = type(node).__name__
+        shape = _shape_of_mean(node, name)
+        if shape[:2] == (batch, time) or shape[:1] == (batch * time,):
+            return True
+        if name.startswith("NllLoss2D") and shape[:1] == (batch,) and prod(shape[2:]) == time:  # [batch, classes, time]
+            return True
+        if name in _OF_NUMBERS and tuple(node._input_metadata[0].shape) == () and len(nodes) < _MOST_NODES:
+            nodes += [following for following, _ in node.next_functions if following is not None]
+    return False
+
+
+_OF_NUMBERS = ("AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "NegBackward0", "ToCopyBackward0")
+_MOST_NODES = 64
+
+
+def _shape_of_mean(node: Any, name: str) -> tuple[int, ...]:
+    """The shape of what a node took the mean of; empty if it took none."""
+    if getattr(node, "_saved_reduction", None) == 1:  # torch's own losses: 0 is none, 1 the mean, 2 the sum
+        return tuple(node._saved_self.shape)
+    return tuple(node._saved_self_sym_sizes) if name.startswith("MeanBackward") else ()

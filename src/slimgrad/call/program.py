@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimgrad.call.losses import is_mean_over_time
+from slimgrad.call.additive import SumCheck
 from slimgrad.call.model import SharedModel
 from slimgrad.call.source import SequenceData
 from slimgrad.errors import InputError, ModelError
@@ -54,6 +54,11 @@ class Collected:
         self.loss_dtype = loss.dtype
         self.loss_sum += loss.detach()
         for name, value in metrics.items():
+            if name in self.metrics and self.metrics[name].shape != value.shape:
+                raise InputError(
+                    f"loss_fn returned the metric {name!r} in another shape than before: {list(value.shape)} after "
+                    f"{list(self.metrics[name].shape)}; expected sums over the chunk, which add up over the chunks"
+                )
             self.metrics[name] = self.metrics[name] + value if name in self.metrics else value
 
     def write(self, outputs: Sequence[Tensor], span: Span, time: int) -> None:
@@ -91,6 +96,7 @@ class ChunkProgram:
             `per_token`: -> `[batch, time]`. None: the outputs themselves are wanted.
         per_token: keep every token's loss instead of adding them up.
         collect_in: the sweep in which losses are noted, "forward" or "reverse".
+        sums: what is known of whether the loss adds up.
 
     Attributes:
         compares_targets: whether targets are read in both sweeps, also where only one of them needs them.
@@ -106,8 +112,9 @@ class ChunkProgram:
         loss_fn: LossFn | None,
         per_token: bool = False,
         collect_in: str = "forward",
+        sums: SumCheck,
     ) -> None:
-        self.shared, self.data, self.seed = shared, data, seed
+        self.shared, self.data, self.seed, self._sums = shared, data, seed, sums
         self.batch, self.time, self.device = data.batch, data.time, shared.device
         self.cut = Cut(data.time, chunk)
         self._loss_fn, self._per_token, self._collect_in = loss_fn, per_token, collect_in
@@ -184,7 +191,7 @@ class ChunkProgram:
             if self._loss_fn is None:
                 return ChunkResult(following, self._output_leaves(outputs, piece.span))
             kept = [version(x) for x in tree.tensors(following)]
-            loss = self._loss_fn(outputs, piece.targets)
+            loss = returned = self._loss_fn(outputs, piece.targets)
         if kept != [version(x) for x in tree.tensors(following)]:
             raise InputError(
                 "loss_fn wrote in place to outputs that share memory with the state; expected it to leave them alone. "
@@ -199,6 +206,9 @@ class ChunkProgram:
                 raise InputError(f"loss_fn returned a dict without 'loss'; got the keys {sorted(loss)}")
             loss = loss["loss"]
         self._check_loss(loss, piece.span, outputs)
+        if not self._sums.settled and not self._per_token:
+            with self.shared.autocast(as_called=True):
+                self._sums.require(returned, outputs, piece.targets, self.batch, piece.span, len(self.cut))
         return ChunkResult(following, [loss], loss, metrics)
 
     def backward(self, span: Span, roots: Sequence[Root], leaves: Sequence[Tensor]) -> None:
@@ -273,12 +283,6 @@ class ChunkProgram:
                 f"loss_fn returned a loss without a graph for {span}, though the outputs "
                 "have one: its gradient would be lost. Compute it from the outputs, without .detach(), .item() or "
                 "no_grad; for a chunk that is left out return zero"
-            )
-        if len(self.cut) > 1 and is_mean_over_time(loss, self.batch, span):
-            raise InputError(
-                "loss_fn returned the mean over its chunk; expected the sum, so that the chunks add up to the loss of "
-                "the whole, which slimgrad then divides by the number of targets (normalizer=). Use reduction='sum', "
-                "or .sum() in place of .mean()"
             )
 
 

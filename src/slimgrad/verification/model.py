@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from slimgrad.api import backward
+from slimgrad.call.additive import compared_anyway
 from slimgrad.call.losses import cross_entropy_sum
 from slimgrad.call.program import LossFn
 from slimgrad.call.source import Reader
@@ -267,15 +268,12 @@ def _swept(subject: Subject, chunk: int, schedule: Schedule | None) -> Outcome:
 
 
 def _measured_not_refused(loss_fn: LossFn) -> LossFn:
-    """A mean over the chunk, which `backward` refuses by its graph, is compared here, and named in a note."""
+    """A loss that is no sum, which `backward` refuses, is compared here, and named in a note."""
 
     def once(outputs: Any, targets: Any) -> Any:
-        loss: Any = loss_fn(outputs, targets)
-        if isinstance(loss, dict):
-            return {**loss, "loss": loss["loss"] * 1} if "loss" in loss else loss
-        return loss * 1 if isinstance(loss, Tensor) else loss
+        return loss_fn(outputs, targets)
 
-    return once
+    return compared_anyway(once)
 
 
 @contextmanager

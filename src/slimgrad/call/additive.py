@@ -1,0 +1,216 @@
+"""Does a loss add up over tokens? Asked of the loss itself, once a call, on a few tokens of its first chunk.
+
+A mean can be written in more ways than a graph shows (a masked sum over a count, a root, a layout `[batch, classes,
+time]`), and a sum in ways that look like a mean. So the loss of a few tokens is compared with what it gives for the
+same tokens twice over, and for their two halves: a sum doubles, and its halves add up. Metrics are looked at as well:
+one whose shape grows with the tokens has a time axis, and chunks of it do not add up.
+
+The tokens are copies, in float64 where the loss takes it; the generators are put back. What cannot be asked so (a loss
+that draws at random or counts its calls, outputs without a time axis, no token that counts) is judged by its graph.
+
+Cost: six losses of at most 64 tokens, once a call. Terms below a hundred-thousandth of the loss are not seen.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimgrad.call.losses import cross_entropy_sum, is_counted, is_mean_over_time
+from slimgrad.errors import InputError
+from slimgrad.sweep import tree
+from slimgrad.sweep.cut import Span
+from slimgrad.sweep.random import generators, seeded
+
+_MOST_TOKENS = 64
+_ELEMENTS = 1 << 20  # of outputs and targets, in all
+_OFF = {torch.float64: 1e-5, torch.float32: 1e-5}
+_OFF_NARROW = 0.1  # a mean is off by a half at least
+_NOISE = 100  # times what another order of the tokens changes is rounding
+
+
+class _Asked(NamedTuple):
+    """What a loss gave: of some tokens, of them twice over; whether that is a sum (None: nobody can tell)."""
+
+    once: float
+    twice: float
+    adds_up: bool | None
+    growing: str | None  # the name of a metric whose shape grows with the tokens
+
+
+def compared_anyway(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a loss that need not be a sum, since whoever calls it compares with plain backpropagation."""
+    loss_fn.slimgrad_compared_anyway = True  # type: ignore[attr-defined]
+    return loss_fn
+
+
+class SumCheck:
+    """What is known of the loss of one call.
+
+    Args:
+        loss_fn: (outputs, targets) -> a loss, or a dict with "loss".
+        devices: of the model.
+        by_targets: whether the losses are divided by the number of targets.
+
+    Attributes:
+        chunks: of all sequences of the call.
+        settled: whether there is nothing more to ask.
+    """
+
+    def __init__(
+        self, loss_fn: Callable[..., Any] | None, devices: Sequence[torch.device], *, by_targets: bool
+    ) -> None:
+        ours = loss_fn is None or loss_fn is cross_entropy_sum
+        self.settled = ours or hasattr(loss_fn, "slimgrad_compared_anyway")
+        self.chunks = 1
+        self._loss_fn, self._devices, self._by_targets = loss_fn, devices, by_targets
+        self._can_ask = True
+
+    def require(self, result: Any, outputs: Any, targets: Any, batch: int, span: Span, chunks: int) -> None:
+        """Raise InputError where `result`, the loss of a chunk, or a metric beside it does not add up.
+
+        Args:
+            result: what `loss_fn` gave for the chunk.
+            outputs, targets: what it was given.
+            batch, span: of the chunk.
+            chunks: of its sequence. A mean of one chunk is right, if it is not divided by the targets once more.
+        """
+        asked = self._ask(outputs, targets, batch, span) if self._can_ask else None
+        if self.chunks > 1:
+            _require_additive_metrics(result, None if asked is None else asked.growing, asked is None, batch, span)
+        if span.stop - span.start == 1 or (chunks == 1 and not self._by_targets):
+            return  # of one token a mean over the batch is left, which adds up
+        if asked is not None and asked.adds_up is not None:
+            self.settled = True
+            if not asked.adds_up:
+                raise _refusal(asked, chunks)
+        elif is_mean_over_time(_loss(result), batch, span):
+            raise _refusal(None, chunks)
+
+    def _ask(self, outputs: Any, targets: Any, batch: int, span: Span) -> _Asked | None:
+        time = span.stop - span.start
+        leaves, spec = tree.flatten((outputs, targets))
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        plain = all(x is None or isinstance(x, Tensor | bool | int | float | str) for x in leaves)
+        if not plain or not tensors or any(x.shape[:2] != (batch, time) for x in tensors):
+            self._can_ask = False
+            return None
+        per_token = sum(x.numel() for x in tensors) // time
+        tokens = _chosen(tree.tensors(targets), time, _ELEMENTS // max(per_token, 1), tensors[0].device)
+
+        def asked(wide: bool) -> _Asked | None:
+            def loss_of(index: Tensor) -> Any:
+                given = [_picked(x, index, wide) if isinstance(x, Tensor) else x for x in leaves]
+                assert self._loss_fn is not None
+                return self._loss_fn(*tree.unflatten(given, spec))
+
+            return self._compare(loss_of, tokens)
+
+        device = tensors[0].device.type
+        for wide in (True, False) if device != "mps" else (False,):
+            with ExitStack() as stack:
+                stack.enter_context(seeded(0, *self._devices))
+                if "torch._dynamo" in sys.modules:  # another shape would be compiled anew
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
+                if wide:
+                    stack.enter_context(torch.autocast(device, enabled=False))
+                try:
+                    found = asked(wide)
+                except Exception:  # noqa: BLE001  whatever somebody else's loss raises of float64, or few tokens
+                    continue
+            self._can_ask = found is not None
+            return found
+        self._can_ask = False
+        return None
+
+    def _compare(self, loss_of: Callable[[Tensor], Any], tokens: Tensor) -> _Asked | None:
+        """None where the loss draws at random or is another at each call."""
+        before = [generator.get_state() for generator in generators(*self._devices)]
+        twice_over, half = torch.cat([tokens, tokens]), len(tokens) // 2
+        few, many = loss_of(tokens), loss_of(twice_over)
+        losses = [_loss(few), _loss(many), _loss(loss_of(tokens)), _loss(loss_of(tokens.flip(0)))]
+        losses += [_loss(loss_of(part)) for part in (tokens[:half], tokens[half:]) if half]
+        once, twice, again, flipped, *parts = torch.stack([x.detach().double() for x in losses]).tolist()
+        after = [generator.get_state() for generator in generators(*self._devices)]
+        if any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) or (once != again and once == once):
+            return None
+        growing = next((name for name, a, b in _metrics(few, many) if a.shape != b.shape), None)
+        if not 0 < abs(once) < float("inf") or not abs(twice) < float("inf"):
+            return _Asked(once, twice, None, growing)
+        off, scale = abs(twice - 2 * once), max(map(abs, [once, twice, *parts]))
+        if parts and scale < float("inf"):
+            off = max(off, abs(sum(parts) - once))
+        wide = losses[0].dtype if not torch.is_autocast_enabled(losses[0].device.type) else torch.bfloat16
+        allowed = max(_OFF.get(wide, _OFF_NARROW) * scale, _NOISE * abs(flipped - once))
+        return _Asked(once, twice, not off > allowed, growing)  # of a NaN among the halves nothing follows
+
+
+def _chosen(targets: Sequence[Tensor], time: int, most: int, device: torch.device) -> Tensor:
+    """A power of two of tokens, evenly over those whose targets count: groups of tokens stay whole."""
+    counts = torch.ones(time, dtype=torch.bool, device=device)
+    for x in targets:
+        if x.dim() == 2 and not x.is_floating_point() and not x.is_complex():
+            counts &= (x if x.dtype == torch.bool else is_counted(x)).any(0)
+    found = counts.nonzero()[:, 0]
+    found = found if len(found) else torch.arange(time, device=device)
+    number = 1 << (min(len(found), max(most, 2), _MOST_TOKENS).bit_length() - 1)
+    return found[torch.arange(number, device=device) * len(found) // number]
+
+
+def _picked(x: Tensor, index: Tensor, wide: bool) -> Tensor:
+    """The tokens of `index`: a copy, with a graph of its own where `x` has one."""
+    picked = x.detach().index_select(1, index)
+    if wide and x.is_complex():
+        picked = picked.to(torch.complex128)
+    elif wide and x.is_floating_point():
+        picked = picked.double()
+    return picked.requires_grad_(x.requires_grad and torch.is_grad_enabled())
+
+
+def _loss(result: Any) -> Tensor:
+    loss = result["loss"] if isinstance(result, dict) else result
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def _metrics(few: Any, many: Any) -> list[tuple[str, Tensor, Tensor]]:
+    if not isinstance(few, dict):
+        return []
+    return [(name, torch.as_tensor(x), torch.as_tensor(many[name])) for name, x in few.items() if name != "loss"]
+
+
+def _require_additive_metrics(result: Any, growing: str | None, unasked: bool, batch: int, span: Span) -> None:
+    if not isinstance(result, dict):
+        return
+    if unasked:  # then by its shape alone
+        along = (batch, span.stop - span.start)
+        growing = next((n for n, x in result.items() if n != "loss" and torch.as_tensor(x).shape[:2] == along), None)
+    if growing is not None:
+        raise InputError(
+            f"loss_fn returned the metric {growing!r} with a time axis, shape "
+            f"{list(torch.as_tensor(result[growing]).shape)} for {span}; metrics are added up over the chunks, which "
+            "would add up unrelated tokens. Return its sum over the chunk; for numbers per token use slimgrad.outputs "
+            "or token_loss"
+        )
+
+
+def _refusal(asked: _Asked | None, chunks: int) -> InputError:
+    instead = "Use reduction='sum', or .sum() in place of .mean()"
+    if chunks == 1:
+        instead += "; or, as the whole is one chunk here, normalizer=1, which takes a mean as it is"
+    whole = "the chunks add up to the loss of the whole, which slimgrad then divides by the number of targets"
+    if asked is None or abs(asked.twice - asked.once) <= 0.01 * abs(asked.once):
+        return InputError(
+            f"loss_fn returned the mean over its chunk; expected the sum, so that {whole} (normalizer=). {instead}"
+        )
+    return InputError(
+        f"loss_fn does not add up over tokens: of a few tokens it gives {asked.once:.6g}, of the same ones twice over "
+        f"{asked.twice:.6g}, or of their halves something else; expected a sum over tokens, so that {whole} "
+        f"(normalizer=). {instead}; what is no sum over tokens is added outside, to slimgrad.loss, or computed from "
+        "slimgrad.outputs"
+    )
