@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from slimgrad.errors import ModelError
+from slimgrad.errors import ConsumedError, ModelError
 from slimgrad.gradients.escaped import refuse_escaped
 from slimgrad.states.base import Carrier, Purpose, Root, Setting, State, mismatch, refuse_half_a_number
 from slimgrad.states.checksum import checksum
+from slimgrad.states.tensors import version
 from slimgrad.sweep.compiled import not_traced
 from slimgrad.sweep.record import Record
 from slimgrad.sweep.series import Series
@@ -148,6 +149,7 @@ class RowsCarrier(Carrier):
         self._bits: Tensor | int = 0
         self._edge: GradientEdge | None = None
         self._anchor: Tensor | None = None
+        self._version = 0  # of the rows that the chunk was given
 
     @property
     def rolls_back(self) -> bool:
@@ -155,10 +157,16 @@ class RowsCarrier(Carrier):
 
     def rows(self, first: int, stop: int) -> Tensor:
         """Some rows of the buffer as a tensor of its own, so that autograd sees neither a view nor a write."""
-        view = self._buffer.read(first, stop, self._device)
-        return torch.empty(0, dtype=view.dtype, device=view.device).set_(
-            view.untyped_storage(), view.storage_offset(), view.shape, view.stride()
-        )
+        return self._buffer.lend(first, stop, self._device)
+
+    def _refuse_spoilt(self) -> None:
+        """Raise if somebody wrote to rows that were handed out, when no chunk ran."""
+        if self._buffer.is_spoilt:
+            raise ConsumedError(
+                f"state {self.name}: rows of a Growing were written to in place between two chunks, or between the "
+                "sweeps; expected the state that was handed out to be left alone until the gradient is there, for its "
+                "rows are those of the sweep. Clone them first: state.value.clone()"
+            )
 
     def add_gradient(self, g: Tensor, first: int = 0) -> None:
         """Add to the adjoint of the rows from `first` on."""
@@ -173,6 +181,7 @@ class RowsCarrier(Carrier):
         return self._store.series((self._shape[0], length, *self._shape[2:]), wide, self._device, zeros=True)
 
     def _bind(self) -> Growing:
+        self._refuse_spoilt()
         self._lengths.put(self.span.start, self._length)
         known = self._lengths.at(self.span.start)
         self.length = self._length = self._length if known is None else known  # within a finer chunk there is none
@@ -212,7 +221,7 @@ class RowsCarrier(Carrier):
         if not self.in_backward:
             # the edge as it is now: the model may go on to write to these rows in place
             self._edge = get_gradient_edge(rows) if rows.requires_grad else None
-            self._rows, self._following = rows.detach(), following
+            self._rows, self._following, self._version = rows.detach(), following, version(found)
         return found, following
 
     def value_of(self, state: Growing) -> Tensor:
@@ -235,6 +244,13 @@ class RowsCarrier(Carrier):
     def take(self, returned: Any) -> None:
         if returned is not (self._bound if self._following is None else self._following):
             raise self.wrong(returned)
+        # those of a copy have a version each; the lent ones share one, also with what earlier chunks were given
+        if self._buffer.is_spoilt or (returned is self._following and version(returned._value) != self._version):
+            raise ModelError(
+                f"state {self.name}: rows of a Growing were written to in place in {self.span}, by the model or by "
+                "loss_fn; expected the rows that append returned to be left alone, since the chunks after this one and "
+                "the way back read them again. Use out-of-place operations, or clone the rows first: rows.clone()"
+            )
         known = self._lengths.at(self.span.stop)
         if known is not None and known != self._length:
             raise mismatch(self.name, self.span)
@@ -291,7 +307,12 @@ class RowsCarrier(Carrier):
     def nbytes(self) -> int:
         return self._buffer.nbytes + (0 if self._gradient is None else self._gradient.nbytes)
 
+    def take_up(self, aside: dict[str, Any]) -> None:
+        self._refuse_spoilt()
+        super().take_up(aside)
+
     def state(self) -> dict[str, Any]:
+        self._refuse_spoilt()
         gradient, self._saved = self._gradient, self._written
         return {
             "position": self.position,

@@ -69,6 +69,15 @@ class Series(ABC):
     def read(self, first: int, stop: int, device: torch.device) -> Tensor:
         """Some rows, `[batch, stop - first, ...]`: where they lie on the device already, they themselves."""
 
+    def lend(self, first: int, stop: int, device: torch.device) -> Tensor:
+        """The same for somebody else, who must not write to them: autograd sees neither a view nor our own writes."""
+        return self.read(first, stop, device).detach()
+
+    @property
+    def is_spoilt(self) -> bool:
+        """Whether somebody wrote to what was lent, and so to the rows here."""
+        return False
+
     @abstractmethod
     def write(self, start: int, rows: Tensor) -> None:
         """Put rows in, `[batch, new, ...]`."""
@@ -111,6 +120,9 @@ class MemorySeries(Series):
 
     def __init__(self, shape: Sequence[int], allocate: Callable[[Sequence[int]], Tensor]) -> None:
         self._allocate, self._rows = allocate, allocate(shape)
+        # the same memory under a version counter of its own: `write` does not count there, whoever borrowed does
+        self._lent: Tensor | None = None
+        self._version = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -127,10 +139,26 @@ class MemorySeries(Series):
     def grow(self, capacity: int, kept: int) -> None:
         wider = self._allocate((self._rows.shape[0], capacity, *self._rows.shape[2:]))
         wider[:, :kept] = self._rows[:, :kept]
-        self._rows = wider
+        self._rows, self._lent = wider, None
 
     def read(self, first: int, stop: int, device: torch.device) -> Tensor:
         return self._rows[:, first:stop].to(device, non_blocking=True)
+
+    def lend(self, first: int, stop: int, device: torch.device) -> Tensor:
+        if device != self._rows.device:
+            return super().lend(first, stop, device)
+        if self._lent is None:
+            rows = self._rows
+            with torch.inference_mode(False):  # of inference tensors torch counts no versions
+                self._lent = torch.empty(0, dtype=rows.dtype, device=rows.device).set_(
+                    rows.untyped_storage(), rows.storage_offset(), rows.shape, rows.stride()
+                )
+            self._version = self._lent._version
+        return self._lent[:, first:stop].detach()
+
+    @property
+    def is_spoilt(self) -> bool:
+        return self._lent is not None and self._lent._version != self._version
 
     def write(self, start: int, rows: Tensor) -> None:
         self._rows[:, start : start + rows.shape[1]] = rows
