@@ -46,6 +46,7 @@ MEANS: dict[str, tuple[Loss, Any]] = {
     "masked": (lambda y, t: (errors(y, t[0]) * t[1][..., None]).sum() / t[1].sum(), (VALUES, MASK)),
     "masked, never by zero": (lambda y, t: errors(y, t[0])[t[1]].sum() / t[1].sum().clamp(min=1), (VALUES, MASK)),
     "in a dict": (lambda y, t: {"loss": F.mse_loss(y, t)}, VALUES),
+    "a spread": (lambda y, t: (y - y.mean(1, keepdim=True)).square().sum(), VALUES),
     "neighbours": (lambda y, t: (y[:, 1:] - y[:, :-1]).square().sum(), VALUES),
 }
 
@@ -130,6 +131,19 @@ def test_what_takes_no_float64_is_asked_in_its_own_type(dtype: torch.dtype) -> N
         else:
             with pytest.raises(sg.InputError, match="the mean over its chunk"):
                 sg.backward(model, TOKENS, LABELS, chunk=9, loss_fn=loss_fn)
+
+
+def test_a_small_part_is_seen_beside_sixteen_bits() -> None:
+    """In bfloat16 a part of three hundredths is rounding; asked in float64, it is not."""
+    model, part = GatedRecurrence().bfloat16(), 3.0
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.square().sum() + part * outputs.square().mean()
+
+    with pytest.raises(sg.InputError, match="does not add up over tokens"):
+        sg.backward(model, TOKENS, VALUES, chunk=9, loss_fn=loss_fn)
+    part = 0.0
+    sg.backward(model, TOKENS, VALUES, chunk=9, loss_fn=loss_fn)
 
 
 def test_a_loss_that_draws_is_judged_by_its_graph(model: nn.Module) -> None:

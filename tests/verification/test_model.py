@@ -66,7 +66,9 @@ def test_a_step_that_depends_on_the_cut_fails_step_only() -> None:
     assert report.global_errors["step"] > 1e-3
     assert report.worst.check == "step"
     assert "NOT EXACT" in str(report)
-    assert sg.verify(EdgeModel(), TOKENS, chunk=100).passed  # one chunk has no edges
+    report = sg.verify(EdgeModel(), TOKENS, chunk=100)  # one chunk has no edges, and proves nothing
+    assert max(report.global_errors.values()) <= report.tolerance
+    assert "NOTHING WAS CUT" in str(report)
 
 
 def test_a_broken_sweep_fails_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,8 +165,8 @@ class HugeStateGradient(Recurrence):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_cut_gradient_shows_beside_a_huge_gradient_of_the_initial_state(dtype: torch.dtype) -> None:
     model = HugeStateGradient()
-    report = sg.verify(model, TOKENS, chunk=47, dtype=dtype)
-    assert report.passed, report
+    report = sg.verify(model, TOKENS, chunk=47, dtype=dtype)  # in more chunks its rounding is seen
+    assert max(f.error for f in report.findings) <= report.tolerance, report
     model.cut = True
     report = sg.verify(model, TOKENS, chunk=10, dtype=dtype)
     errors = {f.name: f.error for f in report.findings if f.check == "step"}
@@ -681,7 +683,7 @@ def test_a_compiled_model_is_verified_as_it_runs() -> None:
     model = Recurrence()
     runs = []
     model.compile(backend=lambda graph, _: lambda *args: runs.append(0) or graph(*args))
-    report = sg.verify(model, TOKENS, chunk=47)
+    report = sg.verify(model, TOKENS, chunk=20)
     assert report.passed, report
     assert "Recurrence._compiled_call_impl was set on the instance" in report.notes[0]
     assert runs

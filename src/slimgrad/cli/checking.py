@@ -11,7 +11,7 @@ from slimgrad.bytelm.presets import PRESETS, get_preset
 from slimgrad.cli.finetuning import is_hugging_face
 from slimgrad.errors import InputError
 from slimgrad.models import Performer, PerformerConfig
-from slimgrad.verification.model import verify
+from slimgrad.verification.model import chosen_chunk, verify
 
 LENGTH, CHUNK = 200, 48
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,7 +39,8 @@ def run_verification(model: str, *, length: int | None, chunk: int | None, dtype
 
 def _compare(name: str, config: PerformerConfig, length: int | None, chunk: int | None, dtype: str | None) -> bool:
     """An untrained model of that shape on random tokens: weights are not what decides whether gradients are exact."""
-    length, chunk = LENGTH if length is None else length, CHUNK if chunk is None else chunk
+    length = LENGTH if length is None else length
+    chunk = chosen_chunk(length, CHUNK) if chunk is None else chunk
     dtype = dtype or "float64"
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")

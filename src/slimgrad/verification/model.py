@@ -27,6 +27,7 @@ from slimgrad.call.program import LossFn
 from slimgrad.call.source import Reader
 from slimgrad.errors import InputError
 from slimgrad.sweep import tree
+from slimgrad.sweep.cut import Cut
 from slimgrad.sweep.random import seeded
 from slimgrad.sweep.schedules.base import Schedule
 from slimgrad.verification.comparison import (
@@ -50,6 +51,7 @@ from slimgrad.verification.reference import (
     Subject,
     as_verified,
     device_of,
+    draws_in_eval_mode,
     in_one_graph,
     loss_that_is_no_sum,
     plain_loss,
@@ -57,6 +59,7 @@ from slimgrad.verification.reference import (
     with_value,
 )
 
+MOST = 64  # tokens per chunk, where none are asked for
 _TITLES = {"sweep": "against the same chunks in one graph", "step": "against one call over the whole sequence"}
 
 
@@ -72,6 +75,7 @@ class Report:
         tolerance: what every error must stay under.
         setting: what was compared, in words.
         notes: whatever else there is to say, a sentence each.
+        was_cut: whether any sequence had more than one chunk: otherwise one call was compared with itself.
     """
 
     findings: tuple[Finding, ...]
@@ -80,10 +84,15 @@ class Report:
     tolerance: float
     setting: str
     notes: tuple[str, ...] = ()
+    was_cut: bool = True
 
     @property
     def passed(self) -> bool:
-        """Whether every gradient and loss is within the tolerance, in both checks."""
+        """Whether every gradient and loss is within the tolerance, in both checks, of a sequence that was cut."""
+        return self.was_cut and self._agrees
+
+    @property
+    def _agrees(self) -> bool:
         errors = [f.error for f in self.findings] + [*self.global_errors.values(), *self.loss_errors.values()]
         return all(error <= self.tolerance for error in errors)  # NaN fails
 
@@ -93,7 +102,8 @@ class Report:
         return max(self.findings, key=_farthest, default=None)
 
     def __str__(self) -> str:
-        lines = [f"{'exact' if self.passed else 'NOT EXACT'}: {self.setting}; tolerance {self.tolerance:.0e}"]
+        verdict = "exact" if self.passed else "NOTHING WAS CUT" if self._agrees else "NOT EXACT"
+        lines = [f"{verdict}: {self.setting}; tolerance {self.tolerance:.0e}"]
         for check, title in _TITLES.items():
             everything, loss = self.global_errors[check], self.loss_errors[check]
             lines.append(f"  {check} ({title}): all gradients {everything:.1e}, loss {loss:.1e}")
@@ -114,7 +124,7 @@ def verify(
     targets: Any = None,
     *,
     context: Any = None,
-    chunk: int = 64,
+    chunk: int | None = None,
     schedule: Schedule | None = None,
     loss_fn: LossFn | None = None,
     dtype: torch.dtype = torch.float64,
@@ -126,7 +136,9 @@ def verify(
     dtype, and the report says so. Either way the model, its gradients and the random state are as before afterwards.
 
     Args:
-        model, inputs, targets, context, chunk, schedule, loss_fn: as in `slimgrad.backward`.
+        model, inputs, targets, context, schedule, loss_fn: as in `slimgrad.backward`.
+        chunk: tokens per chunk. None: at most 64, such that the longest sequence has three chunks or more, the last one
+            shorter where that can be. A report on a single chunk does not pass: nothing was cut.
         dtype: the precision of the comparison. A model that casts to float32 inside is held to float32's tolerance.
 
     Returns:
@@ -142,6 +154,7 @@ def verify(
             "verify compares with plain backpropagation, which needs the whole sequence: expected tensors, got a "
             "reader. Pass what it reads of a few chunks: verify(model, reader.read(0, 500))"
         )
+    chunk = chosen_chunk(_longest(inputs)) if chunk is None else chunk
     replaced = [
         f"{type(module).__name__}.{name}"
         for module in model.modules()
@@ -207,17 +220,24 @@ def _judged(subject: Subject, measured: _Measured, chunk: int) -> Report:
     report = _report(subject, measured, chunk, dtype, notes)
     if report.passed:
         return report
-    with as_verified(subject), (casts := NarrowCasts()).watching(), torch.no_grad():
-        plain_loss(subject, chunk)
+    casts = NarrowCasts()
+    try:
+        with as_verified(subject), casts.watching():  # with gradients: the model may ask for some itself
+            plain_loss(subject, chunk)
+        with as_verified(subject):
+            found = draws_in_eval_mode(subject)
+            if not found and report.loss_errors["step"] > report.tolerance:
+                found = loss_that_is_no_sum(subject, chunk)
+    except Exception as error:  # noqa: BLE001  whatever somebody else's model raises of one run more: the report stands
+        found = [f"why was not looked for, as one run more did not go through ({in_short(error)})"]
     if casts.dtype is not None and tolerance_of(casts.dtype) > report.tolerance:
         dtype = casts.dtype
         notes.append(
             f"the model computes in {short(dtype)} inside ({listed(casts.places)}), so it is held to the "
             f"tolerance of {short(dtype)}"
         )
-    with as_verified(subject), torch.no_grad():
-        if report.loss_errors["step"] > tolerance_of(dtype):
-            notes += loss_that_is_no_sum(subject, chunk)
+    held = _report(subject, measured, chunk, dtype, [])
+    notes += [] if held._agrees else found  # pyright: ignore[reportPrivateUsage]
     if any(outcome.loss != outcome.loss for pair in measured.values() for outcome in pair):
         notes.append("the loss is NaN, so there is nothing to compare")
     return _report(subject, measured, chunk, dtype, notes)
@@ -237,8 +257,26 @@ def _report(subject: Subject, measured: _Measured, chunk: int, dtype: torch.dtyp
     if empty:
         notes = [*notes, f"nothing but NaN and infinities in both gradients of {listed(empty)}: not compared"]
     time = max(next(iter(tree.tensors(one))).shape[1] for one, _ in sequences(subject))
-    setting = f"{type(subject.model).__name__}, chunks of {chunk} in {time} tokens, {short(subject.dtype)}"
-    return Report(tuple(findings), global_errors, loss_errors, tolerance_of(dtype), setting, tuple(notes))
+    was_cut = len(Cut(time, chunk)) > 1
+    if not was_cut:
+        instead = "a longer sequence" if time < 2 else f"a longer sequence, or chunk={chosen_chunk(time)}"
+        said = "nothing was cut, so that nothing is known of chunks: one call was compared with itself. Pass "
+        notes = [*notes, said + instead]
+    of = f"chunks of {chunk} in {time} tokens" if was_cut else f"{time} token{'s' * (time > 1)} in one chunk"
+    setting = f"{type(subject.model).__name__}, {of}, {short(subject.dtype)}"
+    return Report(tuple(findings), global_errors, loss_errors, tolerance_of(dtype), setting, tuple(notes), was_cut)
+
+
+def chosen_chunk(time: int, most: int = MOST) -> int:
+    """The largest chunk, of at most `most` tokens, that leaves three or more; the last one shorter, if that can be."""
+    cut = [size for size in range(min(most, time), 0, -1) if len(Cut(time, size)) >= 3]
+    return next((size for size in cut if time % size), cut[0] if cut else 1)
+
+
+def _longest(inputs: Any) -> int:
+    """Tokens of the longest sequence; what is no tensor is refused later, by name."""
+    firsts = [x[0] for one in (inputs if isinstance(inputs, list) else [inputs]) if (x := tree.tensors(one))]
+    return max((x.shape[min(x.dim() - 1, 1)] for x in firsts if x.dim()), default=1)
 
 
 def _swept(subject: Subject, chunk: int, schedule: Schedule | None) -> Outcome:
@@ -248,7 +286,7 @@ def _swept(subject: Subject, chunk: int, schedule: Schedule | None) -> Outcome:
         result = backward(
             model,
             inputs,
-            subject.targets,
+            tree.map_tensors(Tensor.clone, subject.targets),  # loss_fn may write to them
             context=context,
             chunk=chunk,
             schedule=schedule,

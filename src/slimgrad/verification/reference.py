@@ -166,12 +166,15 @@ def sequences(subject: Subject) -> list[tuple[Any, Any]]:
     found: list[tuple[Any, Any]] = []
     for one, goal in zip(inputs, targets, strict=True):
         one, goal = (tree.map_tensors(lambda x: (x[None] if x.dim() == 1 else x).to(device), x) for x in (one, goal))
+        goal = tree.map_tensors(Tensor.clone, goal)  # loss_fn may write to them
         found.append((one, F.pad(one[:, 1:].long(), (0, 1), value=IGNORED) if goal is None else goal))
     return found
 
 
 def _step(subject: Subject, inputs: Any, state: Any) -> Any:
-    return subject.model(inputs, state) if subject.context is None else subject.model(inputs, state, subject.context)
+    if subject.context is None:
+        return subject.model(inputs, state)
+    return subject.model(inputs, state, tree.map_leaves(lambda x: x, subject.context))  # containers of its own
 
 
 def _count(targets: Any) -> int:
@@ -201,8 +204,9 @@ def loss_that_is_no_sum(subject: Subject, chunk: int) -> list[str]:
             if any(x.shape[:2] != (program.batch, program.time) for x in tree.tensors(outputs)):
                 return []
             spans = [(0, program.time), *program.cut]
-            losses = [subject.loss_fn(cut(outputs, *span), cut(targets, *span)) for span in spans]
-        first, *rest = (float(loss["loss"] if isinstance(loss, dict) else loss) for loss in losses)
+            pieces_of = [tree.map_tensors(Tensor.clone, (cut(outputs, *span), cut(targets, *span))) for span in spans]
+            losses = [subject.loss_fn(*piece) for piece in pieces_of]
+        first, *rest = (float((loss["loss"] if isinstance(loss, dict) else loss).detach()) for loss in losses)
         whole, parts, pieces = whole + first, parts + sum(rest), pieces + len(rest)
     whole, parts, cuts = float(whole), float(parts), pieces / len(pairs)
     if abs(parts - whole) <= tolerance_of(subject.dtype) * abs(whole):
@@ -213,6 +217,32 @@ def loss_that_is_no_sum(subject: Subject, chunk: int) -> list[str]:
         f"{whole:.4g} in one piece and {parts:.4g} added up over {pieces} chunks. Return the sum over the chunk; "
         "slimgrad divides once, by the number of targets of the whole call"
     ]
+
+
+def draws_in_eval_mode(subject: Subject) -> list[str]:
+    """A sentence if the model, or `loss_fn`, draws random numbers with every module in eval mode."""
+    modes = [(module, module.training) for module in subject.model.modules()]
+    loss_fn = subject.loss_fn or _cross_entropy
+    subject.model.eval()
+    try:
+        for program, (inputs, targets) in zip(_programs(subject, None), sequences(subject), strict=True):
+            with program.chunk_context(-1):
+                state = cast(Any, subject.model).initial_state(program.batch)
+            with program.chunk_context(0):
+                before = program.draws()
+                outputs, _ = _step(subject, inputs, state)
+                of_model = program.draws() != before
+                loss_fn(outputs, targets)
+                if program.draws() != before:
+                    return [
+                        f"{'the model' if of_model else 'loss_fn'} draws random numbers in eval mode too, of which one "
+                        "call takes others than chunks do, so that the step check cannot pass. Let functional noise "
+                        "ask for the mode, as F.dropout(x, p, training=self.training), or verify without it"
+                    ]
+    finally:
+        for module, training in modes:
+            module.training = training
+    return []
 
 
 def device_of(model: nn.Module) -> torch.device:
