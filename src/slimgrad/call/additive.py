@@ -13,6 +13,7 @@ Cost: six losses of at most 64 tokens, once a call. Terms below a hundred-thousa
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -95,8 +96,9 @@ class SumCheck:
     def _ask(self, outputs: Any, targets: Any, batch: int, span: Span) -> _Asked | None:
         time = span.stop - span.start
         leaves, spec = tree.flatten((outputs, targets))
-        tensors = [x for x in leaves if isinstance(x, Tensor)]
-        plain = all(x is None or isinstance(x, Tensor | bool | int | float | str) for x in leaves)
+        held = [_held(leaf) for leaf in leaves]
+        tensors = [x for values in held for x in values if isinstance(x, Tensor)]
+        plain = all(x is None or isinstance(x, Tensor | bool | int | float | str) for values in held for x in values)
         if not plain or not tensors or any(x.shape[:2] != (batch, time) for x in tensors):
             self._can_ask = False
             return None
@@ -105,7 +107,7 @@ class SumCheck:
 
         def asked(wide: bool) -> _Asked | None:
             def loss_of(index: Tensor) -> Any:
-                given = [_picked(x, index, wide) if isinstance(x, Tensor) else x for x in leaves]
+                given = [_with_tensors(leaf, lambda x: _picked(x, index, wide)) for leaf in leaves]
                 assert self._loss_fn is not None
                 return self._loss_fn(*tree.unflatten(given, spec))
 
@@ -170,6 +172,27 @@ def _picked(x: Tensor, index: Tensor, wide: bool) -> Tensor:
     elif wide and x.is_floating_point():
         picked = picked.double()
     return picked.requires_grad_(x.requires_grad and torch.is_grad_enabled())
+
+
+def tensors_within(given: Any) -> list[Tensor]:
+    """The tensors of a tree, those in attributes of its objects (dataclasses that nobody registered) among them."""
+    return [x for leaf in tree.leaves(given) for x in _held(leaf) if isinstance(x, Tensor)]
+
+
+def _held(leaf: Any) -> list[Any]:
+    """What an object holds in attributes; anything else itself."""
+    return [leaf] if isinstance(leaf, Tensor) or not hasattr(leaf, "__dict__") else list(vars(leaf).values())
+
+
+def _with_tensors(leaf: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The leaf, or a copy of the object, with `function` applied to its tensors."""
+    if isinstance(leaf, Tensor):
+        return function(leaf)
+    if not hasattr(leaf, "__dict__"):
+        return leaf
+    copied = copy.copy(leaf)
+    vars(copied).update({name: function(x) for name, x in vars(leaf).items() if isinstance(x, Tensor)})
+    return copied
 
 
 def _loss(result: Any) -> Tensor:

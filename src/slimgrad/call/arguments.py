@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -16,7 +17,7 @@ from slimgrad.call.additive import SumCheck
 from slimgrad.call.cudagraphs import refuse_cuda_graphs
 from slimgrad.call.model import SharedModel
 from slimgrad.call.program import ChunkProgram, LossFn, sum_dtype
-from slimgrad.call.protocol import require_causal_model
+from slimgrad.call.protocol import of_another_batch, refuse_another_batch, require_causal_model
 from slimgrad.call.source import SequenceData
 from slimgrad.errors import InputError, ModelError
 from slimgrad.gradients.buffers import Gather
@@ -245,6 +246,9 @@ class Call:
         made: list[Tensor | None] = []
         if state is None:
             state, made = self.initial_state(program)
+        elif of_another_batch(state, program.batch):
+            with torch.no_grad():
+                refuse_another_batch(state, self.initial_state(program)[0], program.batch)
         if self._schedule is None and differentiates:
             self._schedule, reason = self._choose_schedule(state)
             logger.info("schedule: %s", reason)
@@ -364,6 +368,8 @@ def _checked(normalizer: Normalizer) -> float | None:
         if normalizer != "targets":
             raise InputError(f"normalizer={normalizer!r}: expected 'targets', a number or a tensor")
         return None
+    if not isinstance(cast(object, normalizer), Real):
+        raise InputError(f"normalizer={normalizer!r}: expected 'targets', a number or a tensor")
     if not normalizer > 0:
         raise InputError(f"normalizer={normalizer}: expected a positive number")
     return float(normalizer)

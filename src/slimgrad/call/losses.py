@@ -25,10 +25,13 @@ def token_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     Returns:
         `[batch, time]`, zero where ignored.
     """
-    if outputs.dim() != 3 or targets.shape != outputs.shape[:2]:
+    given: list[object] = [outputs, targets]
+    tensors = isinstance(given[0], Tensor) and isinstance(given[1], Tensor)
+    if not tensors or outputs.dim() != 3 or targets.shape != outputs.shape[:2]:
+        came = [str(list(x.shape)) if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in given]
         raise InputError(
             f"the default loss expects logits [batch, time, classes] and integer targets [batch, time]; got "
-            f"{list(outputs.shape)} and {list(targets.shape)}. Pass loss_fn= for anything else"
+            f"{' and '.join(came)}. Pass loss_fn= for anything else"
         )
     logits = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), ignore_index=IGNORED, reduction="none")

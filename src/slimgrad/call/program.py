@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimgrad.call.additive import SumCheck
+from slimgrad.call.additive import SumCheck, tensors_within
 from slimgrad.call.model import SharedModel
 from slimgrad.call.source import SequenceData
 from slimgrad.errors import InputError, ModelError
@@ -278,7 +278,7 @@ class ChunkProgram:
             )
         # a chunk that is left out may well say so by a constant zero; any other number came from somewhere
         lost = torch.is_grad_enabled() and not loss.requires_grad and bool((loss != 0).any())
-        if lost and any(x.requires_grad for x in tree.tensors(outputs)):
+        if lost and any(x.requires_grad for x in tensors_within(outputs)):
             raise InputError(
                 f"loss_fn returned a loss without a graph for {span}, though the outputs "
                 "have one: its gradient would be lost. Compute it from the outputs, without .detach(), .item() or "

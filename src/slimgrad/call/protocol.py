@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import nn
 
-from slimgrad.errors import ModelError
+from slimgrad.errors import InputError, ModelError
+from slimgrad.states import raw_tensor
+from slimgrad.sweep import tree
 
 
 @runtime_checkable
@@ -51,6 +54,11 @@ def require_causal_model(model: object) -> nn.Module:
             raise ModelError(
                 f"expected a model with parameters, got one that FullyShardedDataParallel flattened. {_SHARD}"
             )
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ModelError(
+                f"{part.original_name} was made by torch.jit, which keeps parameters where no stand-ins can take their "
+                "place; expected plain modules. Pass the module as it was before torch.jit; torch.compile works"
+            )
         if any(isinstance(p, nn.parameter.UninitializedParameter) for p in part.parameters(recurse=False)):
             raise ModelError(
                 f"{type(part).__name__} has parameters without a shape yet; expected a model whose lazy layers have "
@@ -68,3 +76,26 @@ def require_causal_model(model: object) -> nn.Module:
             "-> state and forward(inputs, state) -> (outputs, next_state). See slimgrad.CausalModel"
         )
     return model
+
+
+def of_another_batch(state: Any, batch: int) -> bool:
+    """Whether no tensor of a given state has an axis of that length."""
+    shapes = [x.shape for leaf in tree.leaves(state) if (x := raw_tensor(leaf)) is not None and x.dim()]
+    return bool(shapes) and all(batch not in shape for shape in shapes)
+
+
+def refuse_another_batch(given: Any, made: Any, batch: int) -> None:
+    """Raise where a leaf of a given state differs from the one that the model makes in the length of its batch alone.
+
+    A state of one sequence may be meant for all of them.
+    """
+    for name, leaf, other in zip(tree.paths(given), tree.leaves(given), tree.leaves(made), strict=False):
+        x, y = raw_tensor(leaf), raw_tensor(other)
+        if x is None or y is None or x.dim() != y.dim():
+            continue
+        differing = [(a, b) for a, b in zip(x.shape, y.shape, strict=True) if a != b]
+        if len(differing) == 1 and differing[0][0] > 1 and differing[0][1] == batch:
+            raise InputError(
+                f"state {name}: expected a state for a batch of {batch}, as the inputs have, got {list(x.shape)} where "
+                f"the model makes {list(y.shape)}. Pass the state of these sequences"
+            )

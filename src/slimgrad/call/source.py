@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from slimgrad.call.losses import IGNORED, count_targets, is_counted
 from slimgrad.errors import InputError
@@ -156,6 +157,11 @@ def source_of(given: Any, name: str, device: torch.device) -> Source:
         name: as errors should call it.
         device: where pieces are wanted.
     """
+    if isinstance(given, PackedSequence):
+        raise InputError(
+            f"{name}: expected a tensor [batch, time, ...], got a PackedSequence, whose steps of several sequences lie "
+            "in one row. Pass a list of tensors (torch.nn.utils.rnn.unpack_sequence), or pad on the right"
+        )
     return _Streamed(given, name, device) if isinstance(given, Reader) else _Whole(given, name, device)
 
 

@@ -24,6 +24,7 @@ from slimgrad.api import backward
 from slimgrad.call.additive import compared_anyway
 from slimgrad.call.losses import cross_entropy_sum
 from slimgrad.call.program import LossFn
+from slimgrad.call.protocol import require_causal_model
 from slimgrad.call.source import Reader
 from slimgrad.errors import InputError
 from slimgrad.sweep import tree
@@ -154,6 +155,7 @@ def verify(
             "verify compares with plain backpropagation, which needs the whole sequence: expected tensors, got a "
             "reader. Pass what it reads of a few chunks: verify(model, reader.read(0, 500))"
         )
+    require_causal_model(model)
     chunk = chosen_chunk(_longest(inputs)) if chunk is None else chunk
     replaced = [
         f"{type(module).__name__}.{name}"
