@@ -38,6 +38,7 @@ class Guard:
         ]
         self._parameters = [(name, p) for name, p in model.named_parameters() if id(p) not in renormalised]
         self._samples: list[Tensor] = []
+        self._left: tuple[list[Tensor], list[int], list[Any]] | None = None  # buffers and versions, after a chunk
 
     @contextmanager
     def watching(self, *, first: bool = False) -> Generator[None]:
@@ -48,13 +49,19 @@ class Guard:
 
         The first time nothing is written to buffers even so, and values are compared too: torch's batch normalisation
         writes its running statistics without counting a version, and so does a write through `.data`. Of parameters a
-        few elements are compared.
+        few elements are compared. The other times, weights and buffers are as the block before left them.
+
+        Raises:
+            ModelError: something was written to within the block.
+            ConsumedError: something was written to since the block before.
         """
         places = [(m, name, m._buffers.get(name)) for m, name in self._places]  # pyright: ignore[reportPrivateUsage]
         buffers = [(module, name, buffer) for module, name, buffer in places if buffer is not None]
         copies = [buffer.clone() if first else buffer for _, _, buffer in buffers]
         versions = [version(x) for x in copies]
         weights = self._weights(first)
+        if not first:
+            self._refuse_changed(buffers, versions, weights)
         changed: list[str] = []
         try:
             for (module, name, _), copy in zip(buffers, copies, strict=True):
@@ -65,7 +72,7 @@ class Guard:
                 present = module._buffers.get(name)  # pyright: ignore[reportPrivateUsage]
                 if present is not copy:
                     written = written or not _begins_with(present, copy)
-                if written or (first and _readable(copy) and int(checksum(copy)) != int(checksum(buffer))):
+                if written or (first and readable(copy) and int(checksum(copy)) != int(checksum(buffer))):
                     changed.append(f"{type(module).__name__}.{name}")
         finally:
             for module, name, buffer in places:
@@ -85,6 +92,25 @@ class Guard:
                 "calls, beside optimizer.step(); a table with max_norm may not be tied to another layer"
             )
 
+    def _refuse_changed(
+        self, buffers: list[tuple[nn.Module, str, Tensor]], versions: list[int], weights: list[Any]
+    ) -> None:
+        """Raise if a weight or a buffer is not as it was after the chunk before."""
+        tensors = [x for _, _, x in buffers]
+        left, self._left = self._left, (tensors, versions, weights)
+        if left is None or (list(map(id, left[0])), *left[1:]) == (list(map(id, tensors)), versions, weights):
+            return
+        names = [name for (name, _), then, now in zip(self._parameters, left[2], weights, strict=True) if then != now]
+        before = {id(x): number for x, number in zip(*left[:2], strict=True)}
+        for (module, name, x), number in zip(buffers, versions, strict=True):
+            if before.get(id(x)) != number:
+                names.append(f"{type(module).__name__}.{name}")
+        raise ConsumedError(
+            f"parameters or buffers were written to between two chunks: {', '.join(names) or 'a buffer is gone'}. The "
+            "chunks before and after would use other values, and the gradient would belong to neither. Change them "
+            "when the gradient is there, beside optimizer.step(), and not in on_chunk"
+        )
+
     def _weights(self, sampled: bool) -> list[Any]:
         versions = [version(p) for _, p in self._parameters]
         if not sampled:
@@ -103,7 +129,7 @@ def _begins_with(present: Tensor | None, before: Tensor) -> bool:
     return int(checksum(present[tuple(slice(n) for n in before.shape)])) == int(checksum(before))
 
 
-def _readable(x: Tensor) -> bool:
+def readable(x: Tensor) -> bool:
     """Whether the elements of `x` are in memory, one after the other."""
     return x.layout is torch.strided and not x.is_nested and x.device.type != "meta"
 
@@ -111,7 +137,7 @@ def _readable(x: Tensor) -> bool:
 def _sample(p: Tensor) -> Tensor:
     """A few elements, as a view."""
     x = getattr(p.detach(), "_local_tensor", p.detach())  # a DTensor's own part
-    if not _readable(x):
+    if not readable(x):
         return torch.zeros(0)
     while x.dim() > 1 and x.numel():
         x = x[-1]

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils import parametrize
 
-from slimgrad.call.guard import Guard, counted_by_frequency, refuse_by_options
+from slimgrad.call.guard import Guard, counted_by_frequency, readable, refuse_by_options
 from slimgrad.call.watch import Watch
-from slimgrad.errors import ModelError
+from slimgrad.errors import ConsumedError, ModelError
 from slimgrad.gradients.buffers import Gather
 from slimgrad.gradients.fused import is_compiled
 from slimgrad.gradients.graph import find_strangers
 from slimgrad.states.base import Root
+from slimgrad.states.checksum import checksum
 from slimgrad.states.tensors import version
 from slimgrad.sweep import tree
 from slimgrad.sweep.interrupt import uninterrupted
@@ -43,7 +44,9 @@ class SharedModel:
         # in an order that is the same each time
         self.devices = [*dict.fromkeys([self.device, *(x.device for x in (*model.parameters(), *model.buffers()))])]
         self.context_leaves: list[Tensor] = []
-        self.context = None if context is None else tree.map_tensors(self._stand_in_for_context, context)
+        self._context = None if context is None else tree.flatten(tree.map_tensors(self._stand_in_for_context, context))
+        self._of_context = tree.tensors(context)
+        self._context_versions = [version(x) for x in self._of_context]
         # forward alone where something is compiled: it and an `advance` that is not would differ in bits
         self._advance = None if any(map(is_compiled, model.modules())) else getattr(model, "advance", None)
         self._autocast = [
@@ -92,23 +95,55 @@ class SharedModel:
         """Call one of the model's methods; the first time on copies of the buffers, its attributes watched."""
 
         def run(state: tree.Tree) -> Any:
-            return call(inputs, state) if self.context is None else call(inputs, state, self.context)
+            if self._context is None:
+                return call(inputs, state)
+            return call(inputs, state, tree.unflatten(*self._context))  # in containers of its own, as inputs are
 
-        before = [version(x) for x in tree.tensors(inputs)]
+        before, gathered = [version(x) for x in tree.tensors(inputs)], self._gathered()
+        if self._context is not None and self._context_is_written():
+            raise ConsumedError(
+                "the context was written to between two chunks; expected it left alone until the gradient is there: "
+                "the chunks before and after would be given other values. Clone it for whoever writes to it"
+            )
         if method in self._tried:
             result = run(state)
         else:
+            bits = self._context_bits()
             with self._guard.watching(first=True):
                 result = self._watch.run(method, run, state, lambda: seeded(self._seed, *self.devices))
             if self.gather is not None:
                 self.gather.refuse_hooks()
+            if self._context is not None and bits != self._context_bits():
+                raise _wrote_to_context()
             self._tried.add(method)
+        if [x for x, g, number in gathered if x.grad is not g or g._version != number]:
+            raise ModelError(
+                "forward changed the .grad of the model's parameters (zero_grad?), where the gradients of the chunks "
+                "gather: they would be lost. Expected forward to leave .grad alone; call zero_grad between calls, and "
+                "use torch.autograd.grad for gradients that the model takes itself"
+            )
+        if self._context is not None and self._context_is_written():
+            raise _wrote_to_context()
         if before != [version(x) for x in tree.tensors(inputs)]:
             raise ModelError(
                 "the model modified its inputs in place; expected them left alone, since each chunk is read twice. "
                 "Clone them first: inputs = inputs.clone()"
             )
         return result
+
+    def _gathered(self) -> list[tuple[Tensor, Tensor, int]]:
+        """Where gradients gather, with what has, and its version."""
+        if self.gather is None:
+            return []
+        leaves = [*self.gather.stand_ins, *self.context_leaves]
+        return [(x, g, g._version) for x in leaves if (g := x.grad) is not None]
+
+    def _context_is_written(self) -> bool:
+        return self._context_versions != [version(x) for x in self._of_context]
+
+    def _context_bits(self) -> list[int]:
+        """Of what torch counts no versions of, too: inference tensors, and what is written to through `.data`."""
+        return [int(checksum(x.detach().resolve_neg())) for x in self._of_context if readable(x)]
 
     def step(self, inputs: tree.Tree, state: tree.Tree) -> tuple[Any, tree.Tree]:
         """The model's forward."""
@@ -158,6 +193,25 @@ class SharedModel:
             "it a parameter of the model (a loss with parameters is a method of the model), pass it as context, or "
             f"detach it{sharded}"
         )
+
+    def refuse_trained(self, outputs: Sequence[Tensor], where: str) -> None:
+        """Raise if a parameter is in the graph of what came of a model, an input and a state that take no gradient."""
+        strangers, _ = find_strangers([x for x in outputs if x.requires_grad], [])
+        found = [x for x in strangers if isinstance(x, nn.Parameter)]  # the leaves of states are none
+        if found:
+            raise ModelError(
+                f"{where}: no parameter of the model, no input and no state requires a gradient, but a trainable "
+                f"parameter beside them does, of shape {tuple(found[0].shape)} (a head in loss_fn, a prompt), whose "
+                "gradient would be lost. Make it a parameter of the model (a loss with parameters is a method of the "
+                "model), pass it as context, or call within torch.no_grad() where no gradient is wanted"
+            )
+
+
+def _wrote_to_context() -> ModelError:
+    return ModelError(
+        "the model modified its context in place; expected it left alone, since every chunk is given the same one, and "
+        "each of them twice. Clone it first: context = context.clone()"
+    )
 
 
 def device_of(model: nn.Module) -> torch.device:

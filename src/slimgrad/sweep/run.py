@@ -311,7 +311,7 @@ def _no_cotangents(span: Span) -> Sequence[Tensor | None]:
 def _modified_in_place(progress: Progress, span: Span) -> ModelError:
     names = ", ".join(carrier.name for carrier in progress.carriers)
     return ModelError(
-        f"a state ({names}), an input or a parameter was modified in place in {span}; expected a new tensor (the old "
-        "one is still needed on the way back). Use out-of-place operations, or clone the state first: "
-        "state = state.clone()"
+        f"a state ({names}), an input, the context or a parameter was modified in place in {span}; expected a new "
+        "tensor (the old one is still needed on the way back). Use out-of-place operations, or clone what is written "
+        "to first: state = state.clone()"
     )
