@@ -447,3 +447,14 @@ def test_requires_grad_toggled_within_forward() -> None:
     model = built(Toggled)
     both_ways(None, model, plain_grads(model))
     assert all(p.requires_grad for p in model.parameters())
+
+
+@compiles
+@pytest.mark.parametrize("call", [sg.loss, sg.evaluate, sg.backward], ids=lambda call: call.__name__)
+def test_a_tangent_is_refused(call: Callable[..., Any]) -> None:
+    """Forward-mode differentiation: chunks would drop it."""
+    model = Net().double()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(model.initial_state(2), torch.ones(2, 8, dtype=torch.float64))
+        with pytest.raises(sg.InputError, match="has a tangent"):
+            call(model, TOKENS, chunk=CHUNK, state=dual)

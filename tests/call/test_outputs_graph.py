@@ -144,14 +144,64 @@ def test_gradients_of_gradients() -> None:
     swept = model()
     loss = sg.outputs(swept, TOKENS, chunk=7).square().sum()
     found = torch.autograd.grad(loss, list(swept.parameters()), create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(sg.SweepError, match="differentiated again"):
         sum(g.square().sum() for g in found).backward()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
         sg.outputs(swept, TOKENS, chunk=7).square().sum().backward(create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(sg.SweepError, match="differentiated again"):
         swept.head.weight.grad.sum().backward()
     swept.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        lambda swept: sg.loss(swept, TOKENS, chunk=7),
+        lambda swept: sg.token_loss(swept, TOKENS, chunk=7).sum(),
+        lambda swept: sg.outputs(swept, TOKENS, chunk=7).sum(),
+    ],
+    ids=["loss", "token_loss", "outputs"],
+)
+def test_a_gradient_penalty_is_refused(sweep: Callable[[AllKinds], Tensor]) -> None:
+    """What comes into these is a constant: a gradient of it would be a constant too, and the penalty add nothing."""
+    swept = model()
+    found = torch.autograd.grad(sweep(swept), list(swept.parameters()), create_graph=True)
+    once = torch.autograd.grad(sweep(swept), list(swept.parameters()))
+    assert all(torch.equal(g, h) for g, h in zip(found, once, strict=True))
+    with pytest.raises(sg.SweepError, match="differentiated again"):
+        (sweep(swept) + sum(g.square().sum() for g in found)).backward()
+    with pytest.raises(sg.SweepError, match="differentiated again"):
+        torch.autograd.grad(found[0].sum(), list(swept.parameters()), allow_unused=True)  # as torch's hvp asks
+
+
+@pytest.mark.parametrize("sweep", [sg.loss, sg.token_loss], ids=["loss", "token_loss"])
+def test_a_trained_head_over_a_frozen_model_is_refused(sweep: Callable[..., Tensor]) -> None:
+    """Its gradient would be lost without a word: nothing that was given requires one."""
+    frozen, head = model().requires_grad_(False), nn.Linear(13, 13).double()
+
+    def loss_fn(y: Tensor, targets: Tensor) -> Tensor:
+        losses = head(y).square().sum(-1)
+        return losses if sweep is sg.token_loss else losses.sum()
+
+    with pytest.raises(sg.ModelError, match="a trainable parameter beside them"):
+        sweep(frozen, TOKENS, chunk=7, loss_fn=loss_fn)
+    with torch.no_grad():
+        found = sweep(frozen, TOKENS, chunk=7, loss_fn=loss_fn)
+    head.requires_grad_(False)
+    assert torch.equal(found, sweep(frozen, TOKENS, chunk=7, loss_fn=loss_fn))
+
+
+def test_a_frozen_model_that_reads_a_trained_prompt_is_refused() -> None:
+    prompt = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    class Prompted(AllKinds):
+        def forward(self, inputs: Tensor, state: Any) -> tuple[Any, Any]:
+            y, state = super().forward(inputs, state)
+            return y * prompt, state
+
+    with pytest.raises(sg.ModelError, match="a trainable parameter beside them"):
+        sg.outputs(Prompted().double().requires_grad_(False), TOKENS, chunk=7)
 
 
 def _step(swept: AllKinds, tokens: Tensor) -> None:

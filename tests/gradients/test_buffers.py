@@ -433,3 +433,28 @@ def test_views_would_be_added_to_twice(joined: str, with_context: bool, monkeypa
     monkeypatch.setattr(Gather, "_owns", lambda self, leaf: True)
     with pytest.raises(AssertionError, match=r"is off by|holds another's memory"):
         siblings_are_exact(joined, with_context)
+
+
+class Scaled(nn.Parameter):
+    """A parameter of a class of its own."""
+
+
+class Looks(nn.Module):
+    """A layer that looks at its parameters: at an attribute, and at a class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+        self.inner.weight.factor = 3.0
+        self.scale = Scaled(torch.full((6,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inner.weight.seen = True
+        y = self.inner(x) * getattr(self.inner.weight, "factor", 1.0)
+        return y * self.scale if isinstance(self.scale, Scaled) else y
+
+
+def test_attributes_and_classes_of_parameters() -> None:
+    layer = Looks()
+    require_exact(Summed(layer))
+    assert layer.inner.weight.seen

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimgrad.errors import SweepError
 from slimgrad.ops.linear_attention import FORMS, add_states, forms, get_form, linear_attention, zero_state
 from slimgrad.ops.linear_attention.parts import Parts, State
 
@@ -204,7 +205,11 @@ def test_a_second_reverse_differentiation_raises() -> None:
     q = case.q.requires_grad_()
     y, _ = linear_attention(q, case.k, case.v)
     (dq,) = torch.autograd.grad(y.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(SweepError, match="differentiated again"):
+        dq.sum().backward()
+    y, _ = linear_attention(q, case.k, case.v)
+    (dq,) = torch.autograd.grad(y.sum(), q, create_graph=True)  # what comes in is a constant
+    with pytest.raises(SweepError, match="differentiated again"):
         dq.sum().backward()
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from slimgrad.budget.plan import Plan
 from slimgrad.call.additive import SumCheck
@@ -186,7 +187,18 @@ class Call:
         self._sums.chunks = sum(len(one.cut) for one in self.sequences)
         held = [x.whole for one in self.sequences for x in (one.data.inputs, one.data.targets) if x is not None]
         self.given = tree.tensors([held, options.context])  # what takes no gradient may change as well
+        self._refuse_tangents([*self.given, *tree.tensors(list(map(tree.leaves, self._states))), *model.parameters()])
         self._normalizer = _checked(options.normalizer)
+
+    @staticmethod
+    def _refuse_tangents(given: list[Tensor]) -> None:
+        level = forward_ad._current_level  # pyright: ignore[reportPrivateUsage]
+        if level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
+            raise InputError(
+                "a parameter, an input, the context or the state has a tangent (forward-mode differentiation), which "
+                "chunks do not carry on: it would be lost. Use plain forward-mode differentiation of the whole "
+                "sequence, or the gradient: slimgrad.backward"
+            )
 
     def _sequence(
         self, inputs: Any, targets: Any, seed: int, index: int, collect_in: str, per_token: bool

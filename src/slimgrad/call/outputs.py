@@ -11,12 +11,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from slimgrad.call.arguments import Call, Started
 from slimgrad.call.guard import CalledWith
 from slimgrad.call.parallel import one_thread_at_a_time
 from slimgrad.errors import ConsumedError
+from slimgrad.once import differentiable_once
 from slimgrad.sweep.run import Cotangents, everywhere
 from slimgrad.sweep.turn import has_own_thread, in_autograds_thread
 
@@ -34,10 +35,14 @@ def outputs_of(call: Call) -> list[list[Tensor]]:
 
 def _swept(call: Call) -> tuple[Tensor, ...]:
     """Differentiable where gradients are wanted; else from a plain pass in chunks."""
-    if torch.is_grad_enabled() and call.takers():
+    wanted = torch.is_grad_enabled()
+    if wanted and call.takers():
         return cast("tuple[Tensor, ...]", _Swept.apply(call, *call.takers()))
     for index in range(len(call.sequences)):
-        call.start(index, differentiates=False).run.forward(head=True)
+        call.sequences[index].takes_nothing = wanted
+        started = call.start(index, differentiates=wanted, to_end=wanted)
+        started.run.forward(head=True)
+        started.run.progress.close()
     return _collected(call)
 
 
@@ -61,6 +66,7 @@ class _Swept(torch.autograd.Function):
                 one.run.forward(head=True)
             call.refuse_gathered()
         context.call, context.called_with = call, CalledWith(call.model, [*call.given, *takers])
+        context.takers = takers
         ctx.set_materialize_grads(False)
         found, differentiable = _collected(call), [x for one in call.sequences for x in one.collected.differentiable]
         constant = [x for x, has_graph in zip(found, differentiable, strict=False) if not has_graph]
@@ -68,7 +74,7 @@ class _Swept(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable  # a second derivative (create_graph=True, then differentiated) raises
+    @differentiable_once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: FunctionCtx, *grad_outputs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -80,7 +86,8 @@ class _Swept(torch.autograd.Function):
                 "Expected one backward each: add losses up before calling it, or compute them again"
             )
         started, called_with = cast("list[Started]", context.started), cast(CalledWith, context.called_with)
-        context.call = context.started = context.called_with = None  # a loss that is kept holds nothing
+        # a loss that is kept holds nothing
+        context.call = context.started = context.called_with = context.takers = None
         initial_grads, devices = list[Any](), [g.device for g in grad_outputs if g is not None]
         here = next((device for device in devices if has_own_thread(device)), torch.device("cpu"))
         # within torch.inference_mode a backward works in plain PyTorch as well

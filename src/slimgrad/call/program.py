@@ -100,6 +100,7 @@ class ChunkProgram:
 
     Attributes:
         compares_targets: whether targets are read in both sweeps, also where only one of them needs them.
+        takes_nothing: nothing that the caller gave requires a gradient; what comes of it may not either.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class ChunkProgram:
         self._loss_fn, self._per_token, self._collect_in = loss_fn, per_token, collect_in
         self._counts = loss_fn is not None and data.targets is not None and data.targets.whole is None
         self.compares_targets = self._counts or collect_in == "forward"
+        self.takes_nothing = False
         self._spec: tree.TreeSpec | None = None  # of the outputs
         wanted = set(data.inputs.grad_positions) if shared.gather is not None else set[int]()
         leaves = [] if data.inputs.whole is None else data.inputs.flatten(data.inputs.whole)
@@ -222,6 +224,8 @@ class ChunkProgram:
     def collect(self, piece: Piece, result: ChunkResult, phase: str) -> None:
         """Add up the losses, once; write the inputs' gradients down."""
         span, collected = piece.span, self.collected
+        if self.takes_nothing:
+            self.shared.refuse_trained(result.outputs, f"{span}")
         if phase == "reverse":
             slots = [g for g in collected.input_grads if g is not None]
             for slot, leaf in zip(slots, piece.leaves, strict=True):

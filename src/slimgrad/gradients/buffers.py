@@ -85,8 +85,11 @@ class Gather:
 
     def leaf_for(self, x: Tensor) -> Tensor:
         """A stand-in for `x`, a parameter or a part of the context: what the gradients of all chunks gather in."""
-        leaf = nn.Parameter(x.detach()) if type(x) is nn.Parameter else x.detach().requires_grad_()
-        leaf.register_hook(_only_inside(weakref.ref(self)))  # no cycle: buffers go when the call is over
+        leaf = x.detach()
+        if type(leaf) is Tensor:  # models look at class and attributes
+            leaf = Tensor._make_subclass(type(x), leaf)  # pyright: ignore[reportPrivateUsage]
+            leaf.__dict__ = x.__dict__
+        leaf.requires_grad_().register_hook(_only_inside(weakref.ref(self)))  # no cycle, so buffers go with the call
         self.edges.append(get_gradient_edge(leaf))
         self._shares.append(leaf)
         return leaf

@@ -17,8 +17,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 from transformers import AttentionInterface
+
+from slimgrad.once import differentiable_once
 
 NAME = "slimgrad"
 _aten = torch.ops.aten
@@ -106,7 +108,7 @@ class PastAndChunk(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         context = cast(Any, ctx)
         query, key, value, out, lse = cast("tuple[Tensor, ...]", context.saved_tensors)

@@ -16,10 +16,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 from transformers.utils.generic import ModelOutput
 
 from slimgrad.errors import ConsumedError, InputError
+from slimgrad.once import differentiable_once
 
 PIECE = 512  # tokens whose logits exist at once
 _ROWS = 16_384  # of the weight, whose gradient is made at once in 16 bits
@@ -90,12 +91,13 @@ class _LinearLoss(torch.autograd.Function):
                 d_hidden[start : start + PIECE] = d_logits @ cast_weight
             if d_weight is not None:
                 _add_product(d_weight, d_logits, x)
+        context.takers = _way_to(hidden), weight, bias
         context.save_for_backward(d_hidden, d_weight, d_bias)
         context.dtypes = weight.dtype, None if bias is None else bias.dtype
         return total.to(_wide(dtype))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (scale,), context = grad_outputs, cast(Any, ctx)
         _refuse_second(context)
@@ -107,6 +109,12 @@ class _LinearLoss(torch.autograd.Function):
             None if d_weight is None else _scaled(d_weight, scale).to(of_weight),
             None if d_bias is None else _scaled(d_bias, scale).to(of_bias),
         )
+
+
+def _way_to(x: Tensor) -> Tensor:
+    """Nothing of `x`, on the same graph: what a second derivative has to come by, without holding `x`."""
+    with torch.enable_grad():
+        return x[:0].clone()
 
 
 def _add_product(total: Tensor, d_logits: Tensor, x: Tensor) -> None:
@@ -162,12 +170,13 @@ class _LossInPieces(torch.autograd.Function):
                 if gradient is not None:
                     known = sums[index]
                     sums[index] = gradient.to(_wide(gradient.dtype)) if known is None else known.add_(gradient)
+        context.takers = _way_to(hidden), *parameters
         context.save_for_backward(d_hidden, *sums)
         context.dtypes = [p.dtype for p in parameters]
         return total.to(dtype)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (scale,), context = grad_outputs, cast(Any, ctx)
         _refuse_second(context)

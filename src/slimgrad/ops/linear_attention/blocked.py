@@ -41,7 +41,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from slimgrad.once import differentiable_once
 
 from .parts import (
     PAPER_EPS,
@@ -185,7 +186,7 @@ class _Sums(torch.autograd.Function):
         ctx.save_for_forward(k, v)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         k, v = ctx.saved_tensors
         (B, _, H, M), D = k.shape, v.shape[-1]
@@ -279,7 +280,7 @@ class _Attend(torch.autograd.Function):
         ctx.save_for_forward(q, k, v, R, S, y, den)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 9

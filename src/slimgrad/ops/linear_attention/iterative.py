@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from slimgrad.once import differentiable_once
 
 from .parts import (
     PAPER_EPS,
@@ -103,7 +104,7 @@ class _Scan(torch.autograd.Function):
         ctx.save_for_forward(q, k, v, R)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, du: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if du is None:
             return None, None, None, None
