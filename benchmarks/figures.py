@@ -18,6 +18,7 @@ from benchmarks.figures_budget import (
 from benchmarks.figures_joint import draw_joint, joint_block, readme_block
 from benchmarks.figures_memory import draw_memory
 from benchmarks.figures_published import published_blocks
+from benchmarks.figures_texts import texts_table
 from benchmarks.measure import RESULTS
 from benchmarks.shown import IMAGES, LABELS, ROOT, load, origin
 from slimgrad.paper import report
@@ -191,6 +192,7 @@ TABLES = {
     "memory": memory_table,
     "bf16": bf16_table,
     "training": training_table,
+    "texts": texts_table,
     "streaming": streaming_table,
     "small_device": small_device_table,
 }
