@@ -133,8 +133,8 @@ class Redrawn(GatedRecurrence):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_features_drawn_in_the_initial_state(schedule: sg.Schedule) -> None:
     model = Redrawn().double()
-    report = sg.verify(model, TOKENS, chunk=40, schedule=schedule)
-    assert report.passed, report
+    report = sg.verify(model, TOKENS, chunk=40, schedule=schedule)  # whole: mixing depends on where chunks are cut
+    assert max(finding.error for finding in report.findings) <= 1e-12, report
     first = sg.backward(model, TOKENS, chunk=7, schedule=schedule).final_state["features"]
     second = sg.backward(model, TOKENS, chunk=7, schedule=schedule).final_state["features"]
     assert not torch.equal(first, second)  # redrawn between calls
@@ -201,7 +201,9 @@ def test_a_detached_state_cuts_the_gradient_where_the_model_says_so() -> None:
             return super().forward(inputs, state | {"h": state["h"].detach()})
 
     model = Cut().double()
-    assert sg.verify(model, TOKENS, chunk=40).passed
+    whole = sg.verify(model, TOKENS, chunk=40)
+    assert not whole.was_cut
+    assert max(finding.error for finding in whole.findings) <= 1e-12
     result = sg.backward(model, TOKENS, chunk=7)
     assert result.initial_state_grad["h"] is None
     assert model.start.grad is None

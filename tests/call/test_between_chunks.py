@@ -78,7 +78,7 @@ def test_weights_that_change_between_two_chunks(way: str, what: str, phase: str)
 @pytest.mark.parametrize("way", ["backward", "list", "loss", "segment"])
 def test_gathered_gradients_that_forward_drops(way: str, set_to_none: bool) -> None:
     model = Model(lambda model: model.head.zero_grad(set_to_none=set_to_none))
-    with pytest.raises(sg.ModelError, match=r"forward changed the \.grad of the model's parameters \(zero_grad\?\)"):
+    with pytest.raises(sg.ModelError, match=r"forward changed the \.grad of the model's parameters"):
         WAYS[way](model)
     assert all(p.grad is None for p in model.parameters())
 

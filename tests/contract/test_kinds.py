@@ -52,6 +52,11 @@ def unwatched(self: Any, method: str, call: Any, state: Any, reseeded: Any) -> A
     return call(state)
 
 
+def unseen_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Call, "refuse_gathered", lambda self: None)
+    monkeypatch.setattr(model.SharedModel, "_gathered", lambda self: [])
+
+
 def unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (buffers, progress, rows):
         monkeypatch.setattr(module, "refuse_escaped", lambda gradient: None)
@@ -116,7 +121,7 @@ KINDS: list[tuple[Callable[[], None], Patch | None]] = [
     (kinds.state_in_an_object, anything_goes),
     (kinds.a_state_that_begins_as_none, None),
     (kinds.a_side_loss, unguarded),
-    (kinds.a_backward_within_forward, replaced(Call, "refuse_gathered", lambda self: None)),
+    (kinds.a_backward_within_forward, unseen_gradients),
     (kinds.a_parameter_written_on_the_way, None),
     (kinds.other_weights_by_functional_call, fused_whatever_the_weight),
     (

@@ -118,9 +118,9 @@ class SharedModel:
             self._tried.add(method)
         if [x for x, g, number in gathered if x.grad is not g or g._version != number]:
             raise ModelError(
-                "forward changed the .grad of the model's parameters (zero_grad?), where the gradients of the chunks "
-                "gather: they would be lost. Expected forward to leave .grad alone; call zero_grad between calls, and "
-                "use torch.autograd.grad for gradients that the model takes itself"
+                "forward changed the .grad of the model's parameters (zero_grad, a .backward() within), where the "
+                "gradients of the chunks gather: they would be lost. Expected forward to leave .grad alone; call "
+                "zero_grad between calls, and use torch.autograd.grad for gradients that the model takes itself"
             )
         if self._context is not None and self._context_is_written():
             raise _wrote_to_context()
