@@ -15,6 +15,7 @@ from benchmarks.figures_budget import (
     draw_whole_text,
     whole_text_sentence,
 )
+from benchmarks.figures_hf import huggingface_blocks
 from benchmarks.figures_joint import draw_joint, joint_block, readme_block
 from benchmarks.figures_memory import draw_memory
 from benchmarks.figures_published import published_blocks
@@ -143,49 +144,6 @@ def small_device_table(results: dict[str, Any]) -> str:
     between = f"{bases[0]}" if len(bases) == 1 else f"{bases[0]} to {bases[-1]}"
     lines += ["", f"Of each limit, Python and torch take {between} MB before any work."]
     return "\n".join(lines)
-
-
-def huggingface_table(results: dict[str, Any]) -> str:
-    """Memory and time of one gradient over plain backpropagation's, by shape, length and method."""
-    methods = ["plain", "checkpointing", "ours", "ours+checkpointing"]
-    rows = [row for row in results["rows"] if "failed" not in row and row["method"] != "plain"]
-    shapes = [*dict.fromkeys(row["shape"] for row in results["rows"])]
-    rows.sort(
-        key=lambda row: (shapes.index(row["shape"]), row["vocabulary"], row["length"], methods.index(row["method"]))
-    )
-    lines = [
-        "| model | tokens | chunk | method | memory, MB | over plain | seconds | over plain |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    plain = {same_sequence(row): row for row in results["rows"] if row["method"] == "plain" and "failed" not in row}
-    shown = set[tuple[Any, ...]]()
-    for row in rows:
-        reference = plain.get(same_sequence(row))
-        for one in [row] if reference is None or same_sequence(row) in shown else [reference, row]:
-            lines.append(huggingface_line(one, reference))
-        shown.add(same_sequence(row))
-    return "\n".join(lines)
-
-
-def same_sequence(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What rows that are compared share."""
-    return row["shape"], row["length"], row["vocabulary"], row["lora"], row["device"]
-
-
-def huggingface_line(row: dict[str, Any], plain: dict[str, Any] | None) -> str:
-    """One row, beside plain backpropagation of the same sequence where that was run."""
-    seconds = row.get("seconds", row["first_seconds"])
-    memory, time = "–", "–"
-    if plain is not None:
-        memory = f"{row['peak_bytes_above'] / plain['peak_bytes_above']:.2f}"
-        time = f"{seconds / plain.get('seconds', plain['first_seconds']):.2f}"
-    what = row["shape"] + (f", LoRA {row['lora']}" if row["lora"] else "")
-    what += f", {row['vocabulary']:,} words" if row["vocabulary"] else ""
-    chunk = f"{row['chunk']:,}" if row["method"].startswith("ours") else ""
-    return (
-        f"| {what} | {row['length']:,} | {chunk} | {row['method']} | {row['peak_bytes_above'] / 1e6:,.0f} | {memory} | "
-        f"{seconds:,.1f} | {time} |"
-    )
 
 
 TABLES = {
@@ -317,22 +275,6 @@ def results_blocks() -> dict[str, str]:
     if JOINT:
         found["joint"] = joint_block(load("joint"))
     found["reproduce"] = reproduce_table(load("reproduce/rows"))
-    return found
-
-
-def huggingface_blocks() -> dict[str, str]:
-    """Those of the guide to Hugging Face models."""
-    found: dict[str, str] = {}
-    for name in ("huggingface", "huggingface-cuda"):
-        results = load(name)
-        machine, device = results["machine"], name.partition("-")[2]
-        command = "python -m benchmarks.huggingface" + (f" --device {device}" if device else "")
-        chips = [row["machine"].get("gpu", row["machine"]["cpu"]) for row in results["rows"] if "machine" in row]
-        several = {chip: chips.count(chip) for chip in dict.fromkeys(chips)}
-        chip = " and ".join(f"{name} ({count} rows)" for name, count in several.items())
-        chip = chip if len(several) > 1 else machine.get("gpu", machine["cpu"])
-        where = f"{chip}, torch {machine['torch']}, Python {machine['python']}"
-        found[name] = f"{huggingface_table(results)}\n\nMeasured by `{command}`: {where}. Each row has its own case."
     return found
 
 
