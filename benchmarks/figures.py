@@ -10,7 +10,6 @@ from typing import Any
 
 from benchmarks.figures_budget import (
     budget_blocks,
-    budgets_block,
     draw_budget,
     draw_whole_text,
     whole_text_sentence,
@@ -20,12 +19,9 @@ from benchmarks.figures_joint import draw_joint, joint_block, readme_block
 from benchmarks.figures_memory import draw_memory
 from benchmarks.figures_published import published_blocks
 from benchmarks.figures_texts import texts_table
-from benchmarks.measure import RESULTS
 from benchmarks.shown import IMAGES, LABELS, ROOT, load, origin
 from slimgrad.paper import report
 from slimgrad.paper.catalogue import labelled
-
-JOINT = (RESULTS / "joint.json").exists()  # until the joint benchmark was run, the README has the budgets' table
 
 
 def memory_table(results: dict[str, Any]) -> str:
@@ -261,9 +257,7 @@ def at_largest(found: dict[str, Any]) -> int:
 
 def readme_blocks() -> dict[str, str]:
     """What is between each pair of markers in the README."""
-    budget, whole_text = load("budget"), load("whole_text")
-    costs = readme_block(load("joint")) if JOINT else budgets_block(budget)
-    return {"costs": costs + whole_text_sentence(whole_text)}
+    return {"costs": readme_block(load("joint")) + whole_text_sentence(load("whole_text"))}
 
 
 def results_blocks() -> dict[str, str]:
@@ -272,8 +266,7 @@ def results_blocks() -> dict[str, str]:
     for name, table in TABLES.items():
         results = load(name)
         found[name] = f"{table(results)}\n\nMeasured by {origin(results)}"
-    if JOINT:
-        found["joint"] = joint_block(load("joint"))
+    found["joint"] = joint_block(load("joint"))
     found["reproduce"] = reproduce_table(load("reproduce/rows"))
     return found
 
@@ -337,8 +330,7 @@ def draw() -> None:
 
     IMAGES.mkdir(parents=True, exist_ok=True)
     draw_training(plt)
-    if JOINT:
-        draw_joint(load("joint"))
+    draw_joint(load("joint"))
     draw_budget(plt)
     draw_whole_text(plt)
     draw_memory(plt)

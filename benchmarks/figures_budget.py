@@ -31,33 +31,6 @@ def budget_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def costs_table(results: dict[str, Any]) -> str:
-    """Memory and time of one gradient of the paper's configurations over 4,096 tokens, each way, by default malloc."""
-    rows = [row for row in results["rows"] if "failed" not in row and row["malloc"] == "default"]
-    ways = [("plain", None), ("checkpoint", None), ("ours", 2), ("ours", 8)]
-    lines = [
-        "| configuration | plain backpropagation | per-layer checkpointing | slimgrad, twice the least | eight times |",
-        "|---|---|---|---|---|",
-    ]
-    for name in ("I", "II", "III", "IV"):
-        own = [row for row in rows if row["model"] == name]
-        length = min(row["length"] for row in own)
-        cells: list[str] = []
-        for method, times in ways:
-            (row,) = (r for r in own if (r["method"], r.get("times"), r["length"]) == (method, times, length))
-            cells.append(f"{(row['peak_bytes'] - row['before_bytes']) / 1e6:,.0f} MB, {row['seconds']:.1f} s")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def budgets_block(results: dict[str, Any]) -> str:
-    """The table, with the words around it."""
-    words = (
-        "Of 4,096 tokens by the paper's configurations; slimgrad within twice and eight times the least that it needs."
-    )
-    return f"{words}\n\n{costs_table(results)}\n\nMeasured by {origin(results)}"
-
-
 def whole_text_sentence(results: dict[str, Any]) -> str:
     """The gradient over the whole text, where it was measured."""
     row = next((row for row in results["rows"] if row["what"] == "run"), None)

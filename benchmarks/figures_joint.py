@@ -118,10 +118,12 @@ README = [
 
 def readme_block(results: Row) -> str:
     """The short table, the picture, and what other code takes for the same."""
+    mambapy = any(row["case"].startswith("mambapy") for row in results["rows"])
     return "\n\n".join(
         [
-            "slimgrad in the largest and the smallest chunks that were measured. I, II and III are the paper's; of "
-            "mambapy, plain backpropagation is its own parallel scan.",
+            "slimgrad in the largest and the smallest chunks that were measured; processor seconds of one thread. I, "
+            "II and III are the paper's"
+            + ("; of mambapy, plain backpropagation is its own parallel scan." if mambapy else "."),
             compact_table(results, README),
             others_sentence(results),
             "![Time and memory of one gradient, case by case](docs/images/joint.png)",
