@@ -88,7 +88,7 @@ class Gather:
         leaf = x.detach()
         if type(leaf) is Tensor:  # models look at class and attributes
             leaf = Tensor._make_subclass(type(x), leaf)  # pyright: ignore[reportPrivateUsage]
-            leaf.__dict__ = x.__dict__
+            leaf.__dict__ = x.__dict__  # pyright: ignore[reportAttributeAccessIssue]
         leaf.requires_grad_().register_hook(_only_inside(weakref.ref(self)))  # no cycle, so buffers go with the call
         self.edges.append(get_gradient_edge(leaf))
         self._shares.append(leaf)
