@@ -63,7 +63,7 @@ class Case:
 def count_flops(case: Case) -> int:
     """Floating-point operations of the matrix products of one gradient."""
     model, tokens, targets = case.build()
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
+    counter = FlopCounterMode(display=False, custom_mapping=IN_PLACE_FLOPS)
     with counter:
         case.gradient(model, tokens, targets)
     return counter.get_total_flops()
@@ -71,6 +71,14 @@ def count_flops(case: Case) -> int:
 
 def addmm_flops(self_shape: Any, a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * a[0] * a[1] * b[1]
+
+
+def baddbmm_flops(self_shape: Any, a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * a[0] * a[1] * a[2] * b[2]
+
+
+# torch counts none of what these do
+IN_PLACE_FLOPS = {torch.ops.aten.addmm_: addmm_flops, torch.ops.aten.baddbmm_: baddbmm_flops}
 
 
 def count_live_bytes(case: Case) -> int:

@@ -14,6 +14,8 @@ from benchmarks.joint.cases import CHECKPOINT, FLA, OURS, PLAIN, PUBLISHED, Case
 from benchmarks.joint.child import Child
 from benchmarks.joint.models import Subject, gated_loop
 from benchmarks.joint.turns import Row, Settings, Turns, floor, is_done, same
+from benchmarks.measure import IN_PLACE_FLOPS
+from torch.utils.flop_counter import FlopCounterMode
 
 from slimgrad.errors import RunError
 
@@ -106,6 +108,15 @@ def test_products_are_those_that_were_carried_out() -> None:
     asked = worker.Worker({"method": {"kind": "products"}}).multiply([[*key, n] for key, n in found.found.items()])
     assert asked["flops"] == 2 * 2 * 3 * 4 * 5
     assert asked["seconds"] > 0
+
+
+def test_products_in_place_are_counted() -> None:
+    a, b, c = torch.ones(3, 4), torch.ones(4, 5), torch.ones(3, 5)
+    with worker.Products() as found, FlopCounterMode(display=False, custom_mapping=IN_PLACE_FLOPS) as flops:
+        c.addmm_(a, b)
+        c[None].baddbmm_(a[None], b[None])
+    assert sum(found.found.values()) == 2
+    assert flops.get_total_flops() == 2 * 2 * 3 * 4 * 5
 
 
 def test_cases_are_apart_and_plain_comes_first() -> None:

@@ -118,7 +118,7 @@ class Turns:
             if children:
                 self._count_without_plain(stack)
                 children = self._take_turns(children, "default")
-        for malloc in MALLOCS[1:]:
+        for malloc in MALLOCS[1:] if children else ():
             with ExitStack() as stack:
                 children = {method: self.settings.child(self.case, method, malloc=malloc) for method in children}
                 for child in children.values():
@@ -133,8 +133,7 @@ class Turns:
             return None
         child: Child | None = None
         try:
-            tokens = method.checked or self.case.length
-            tokens = min(tokens, self.case.length)
+            tokens = min(method.checked or self.case.length, self.case.length)
             truth = self._truth(method, tokens, folder)
             child = self.settings.child(self.case, method)
             row |= child.ask("peak")
@@ -175,9 +174,9 @@ class Turns:
 
     def _again(self, reference: Method, children: dict[Method, Child], stack: ExitStack) -> None:
         """Plain backpropagation once more, beside what had failed or is new; its own row stays."""
-        child = self.settings.child(self.case, reference)
-        stack.callback(child.close)
         try:
+            child = self.settings.child(self.case, reference)
+            stack.callback(child.close)
             found = child.ask("count")
         except RunError:
             return
@@ -192,7 +191,10 @@ class Turns:
             return
         child = self.settings.child(replace(case, length=case.counted), plain)
         stack.callback(child.close)
-        found = child.ask("count")
+        try:
+            found = child.ask("count")
+        except RunError:
+            return  # then there is no limit
         times = case.length / case.counted
         self.plain_flops = found["flops"] * times
         self.products = [[a, b, number * times] for a, b, number in found["products"]]
@@ -223,7 +225,11 @@ class Turns:
                         if child.left < 1.5 * taken:  # as many rounds as its time allows
                             del running[method]
                 if round_ >= 0 and self.products:
-                    found = multiplier.ask("multiply", products=self.products)
+                    try:
+                        found = multiplier.ask("multiply", products=self.products)
+                    except RunError:
+                        limits, self.products = [], []  # of a part of the rounds there would be no ratios
+                        continue
                     limits.append(self.plain_flops / found["flops"] * found["seconds"])
         finally:
             multiplier.close()

@@ -23,14 +23,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.joint.cases import COMPILED
-from benchmarks.measure import addmm_flops
+from benchmarks.measure import IN_PLACE_FLOPS
 from benchmarks.published import distance
 from slimgrad.budget import available, process
 from slimgrad.budget.live import LiveBytes
 from slimgrad.budget.measure import measure_peak
 
 aten = torch.ops.aten
-PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1}  # where the first factor stands
+# where the first factor stands
+PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1, aten.baddbmm_: 1}
 LEAST_SECONDS = 0.01  # of a product that is timed
 
 
@@ -85,7 +86,7 @@ class Worker:
         """Bytes of tensors at the peak, FLOPs, and which products; of compiled code nobody knows."""
         if self.compiled:
             return {"products": []}
-        counter = FlopCounterMode(display=False, custom_mapping={aten.addmm_: addmm_flops})
+        counter = FlopCounterMode(display=False, custom_mapping=IN_PLACE_FLOPS)
         with counter, Products() as products, LiveBytes() as live:
             self.subject.gradient(self.length, 0)
         return {
