@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slimgrad as sg
-from slimgrad.call import additive
 from slimgrad.call.additive import SumCheck
 from slimgrad.call.losses import is_mean_over_time
 from tests.toy_models import GatedRecurrence
@@ -177,6 +176,19 @@ def test_asking_draws_nothing_and_asks_once(model: nn.Module) -> None:
     assert seen == [4, 4, 8, 4, 4, 2, 2, 9, 9, 9, 9]  # the last chunk first, then what is asked of its tokens
 
 
+@pytest.mark.parametrize(("chunk", "options", "times"), [(1, {}, 40), (40, {"normalizer": 1}, 1)])
+def test_nothing_is_asked_where_any_answer_would_do(model: nn.Module, chunk: int, options: Any, times: int) -> None:
+    """Of one token, and of one chunk that is not divided by its targets."""
+    seen: list[int] = []
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        seen.append(outputs.shape[1])
+        return errors(outputs, targets).sum()
+
+    sg.backward(model, TOKENS, VALUES, chunk=chunk, loss_fn=loss_fn, **options)
+    assert seen == [chunk] * times
+
+
 def test_a_chunk_in_which_nothing_counts_leaves_the_question_open(model: nn.Module) -> None:
     labels = LABELS.clone()
     labels[:, 20:] = -100
@@ -220,6 +232,6 @@ def test_a_graph_shows_a_mean_behind_numbers(model: nn.Module, name: str, monkey
     loss_fn, targets = MEANS[name]
     outputs, _ = model(TOKENS, model.initial_state(2))
     assert is_mean_over_time(loss_fn(outputs, targets), 2, (0, 40))
-    monkeypatch.setattr(additive, "_chosen", lambda *args: 1 / 0)  # whatever keeps it from being asked
-    with pytest.raises(ZeroDivisionError):
+    monkeypatch.setattr(SumCheck, "_ask", lambda *args: None)  # whatever keeps it from being asked
+    with pytest.raises(sg.InputError, match="the mean over its chunk"):
         sg.backward(model, TOKENS, targets, chunk=9, loss_fn=loss_fn)

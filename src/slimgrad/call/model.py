@@ -100,7 +100,7 @@ class SharedModel:
             return call(inputs, state, tree.unflatten(*self._context))  # in containers of its own, as inputs are
 
         before, gathered = [version(x) for x in tree.tensors(inputs)], self._gathered()
-        if self._context is not None and self._context_is_written():
+        if self._context_is_written():
             raise ConsumedError(
                 "the context was written to between two chunks; expected it left alone until the gradient is there: "
                 "the chunks before and after would be given other values. Clone it for whoever writes to it"
@@ -113,7 +113,7 @@ class SharedModel:
                 result = self._watch.run(method, run, state, lambda: seeded(self._seed, *self.devices))
             if self.gather is not None:
                 self.gather.refuse_hooks()
-            if self._context is not None and bits != self._context_bits():
+            if bits != self._context_bits():
                 raise _wrote_to_context()
             self._tried.add(method)
         if [x for x, g, number in gathered if x.grad is not g or g._version != number]:
@@ -122,7 +122,7 @@ class SharedModel:
                 "gradients of the chunks gather: they would be lost. Expected forward to leave .grad alone; call "
                 "zero_grad between calls, and use torch.autograd.grad for gradients that the model takes itself"
             )
-        if self._context is not None and self._context_is_written():
+        if self._context_is_written():
             raise _wrote_to_context()
         if before != [version(x) for x in tree.tensors(inputs)]:
             raise ModelError(

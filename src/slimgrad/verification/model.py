@@ -56,7 +56,6 @@ from slimgrad.verification.reference import (
     in_one_graph,
     loss_that_is_no_sum,
     plain_loss,
-    sequences,
     with_value,
 )
 
@@ -90,10 +89,11 @@ class Report:
     @property
     def passed(self) -> bool:
         """Whether every gradient and loss is within the tolerance, in both checks, of a sequence that was cut."""
-        return self.was_cut and self._agrees
+        return self.was_cut and self.agrees
 
     @property
-    def _agrees(self) -> bool:
+    def agrees(self) -> bool:
+        """Whether they are within the tolerance, whatever was compared."""
         errors = [f.error for f in self.findings] + [*self.global_errors.values(), *self.loss_errors.values()]
         return all(error <= self.tolerance for error in errors)  # NaN fails
 
@@ -103,7 +103,7 @@ class Report:
         return max(self.findings, key=_farthest, default=None)
 
     def __str__(self) -> str:
-        verdict = "exact" if self.passed else "NOTHING WAS CUT" if self._agrees else "NOT EXACT"
+        verdict = "exact" if self.passed else "NOTHING WAS CUT" if self.agrees else "NOT EXACT"
         lines = [f"{verdict}: {self.setting}; tolerance {self.tolerance:.0e}"]
         for check, title in _TITLES.items():
             everything, loss = self.global_errors[check], self.loss_errors[check]
@@ -238,8 +238,8 @@ def _judged(subject: Subject, measured: _Measured, chunk: int) -> Report:
             f"the model computes in {short(dtype)} inside ({listed(casts.places)}), so it is held to the "
             f"tolerance of {short(dtype)}"
         )
-    held = _report(subject, measured, chunk, dtype, [])
-    notes += [] if held._agrees else found  # pyright: ignore[reportPrivateUsage]
+    if not _report(subject, measured, chunk, dtype, []).agrees:
+        notes += found
     if any(outcome.loss != outcome.loss for pair in measured.values() for outcome in pair):
         notes.append("the loss is NaN, so there is nothing to compare")
     return _report(subject, measured, chunk, dtype, notes)
@@ -258,7 +258,7 @@ def _report(subject: Subject, measured: _Measured, chunk: int, dtype: torch.dtyp
     empty = [f.name for f in findings if f.check == "sweep" and f.norm != f.norm]
     if empty:
         notes = [*notes, f"nothing but NaN and infinities in both gradients of {listed(empty)}: not compared"]
-    time = max(next(iter(tree.tensors(one))).shape[1] for one, _ in sequences(subject))
+    time = _longest(subject.inputs)
     was_cut = len(Cut(time, chunk)) > 1
     if not was_cut:
         instead = "a longer sequence" if time < 2 else f"a longer sequence, or chunk={chosen_chunk(time)}"
