@@ -26,7 +26,7 @@ from slimgrad.models.performer import Performer
 from slimgrad.runs import folder as runs
 from slimgrad.runs.folder import CONFIG, METRICS, SNAPSHOTS, latest_snapshot, split_snapshot_path
 from slimgrad.runs.journal import Journal
-from slimgrad.runs.snapshot import DIVERGED, MODEL, list_snapshots, read_snapshot, restore
+from slimgrad.runs.snapshot import DIVERGED, MODEL, list_snapshots, read_snapshot, restore, step_of
 
 
 class RunFolder(runs.RunFolder[Row]):
@@ -121,7 +121,7 @@ def describe_step(path: Path, config: TrainConfig | None) -> str:
         return ""
     folder, named = split_snapshot_path(path)
     snapshot = named or list_snapshots(folder / SNAPSHOTS)[0]
-    step = int(snapshot.name.removeprefix("step-"))
+    step = step_of(snapshot)
     of_all = "" if config is None else f" of {config.steps:,}"
     ended = ", after which the run diverged" if any(snapshot.parent.glob(f"{DIVERGED}*")) else ""
     return f"{named or folder}: step {step:,}{of_all}{ended}"

@@ -376,9 +376,7 @@ def _checked(normalizer: Normalizer) -> float | None:
         if normalizer.requires_grad:
             raise InputError("normalizer: expected a constant, got a tensor that requires a gradient; detach it")
         normalizer = float(normalizer.detach())
-    if isinstance(normalizer, str):
-        if normalizer != "targets":
-            raise InputError(f"normalizer={normalizer!r}: expected 'targets', a number or a tensor")
+    if isinstance(normalizer, str) and normalizer == "targets":
         return None
     if not isinstance(cast(object, normalizer), Real):
         raise InputError(f"normalizer={normalizer!r}: expected 'targets', a number or a tensor")

@@ -24,7 +24,7 @@ from slimgrad.cli.training import plan_record, session_record
 from slimgrad.errors import InputError
 from slimgrad.runs.environment import describe_environment
 from slimgrad.runs.folder import SNAPSHOTS, latest_snapshot, split_snapshot_path
-from slimgrad.runs.snapshot import list_snapshots
+from slimgrad.runs.snapshot import list_snapshots, step_of
 from slimgrad.sweep.schedules.names import require_folder
 
 
@@ -135,7 +135,7 @@ def _require_steps(config: TrainConfig, path: Path) -> None:
     """Refuse a record that was edited to fewer steps than are done."""
     folder, named = split_snapshot_path(path)
     for snapshot in [named] if named else list_snapshots(folder / SNAPSHOTS)[:1]:
-        done = int(snapshot.name.removeprefix("step-"))
+        done = step_of(snapshot)
         if done > config.steps:
             raise InputError(
                 f"{folder}: expected in config.json at least the {done:,} steps that are done, found {config.steps:,}"

@@ -111,7 +111,12 @@ def save_snapshot(
 def list_snapshots(folder: Path) -> list[Path]:
     """The snapshots in a folder, the latest first; whether they are intact is for `read_snapshot` to say."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step after which a snapshot was taken."""
+    return int(path.name.removeprefix("step-"))
 
 
 def read_snapshot(path: Path) -> Snapshot:

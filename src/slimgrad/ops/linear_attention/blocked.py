@@ -36,7 +36,6 @@ backward; best of many runs, repeatable to about 10%):
 # pyright: reportConstantRedefinition=false, reportIncompatibleMethodOverride=false
 # The paper's symbols are capitals (R, S, G) and are rebound; autograd.Function types its methods as (*args).
 
-import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +52,7 @@ from .parts import (
     check_block,
     check_keys_values,
     check_query_state,
+    signed,
     state_dtype,
     without_autocast,
 )
@@ -123,7 +123,7 @@ def _rows(x_BTHX: Tensor, group: _Group) -> Tensor:
 
 
 def _fold(x_BTHX: Tensor, group: _Group, dtype: torch.dtype) -> Tensor:
-    """A group's tokens as [blocks * B * H, c, X] in the working dtype, to read: a copy, but of one block a view."""
+    """A group's tokens as [blocks * B * H, c, X] in the working dtype, to read: a copy; one block of B = 1 a view."""
     rows = _rows(x_BTHX, group).to(dtype)
     return rows.reshape(-1, *rows.shape[-2:])
 
@@ -156,6 +156,7 @@ def _dot(x_bcM: Tensor, s_bM: Tensor) -> Tensor:
     return torch.bmm(s_bM.unsqueeze(1), x_bcM.mT).mT
 
 
+@signed
 class _Sums(torch.autograd.Function):
     """(k, v) -> R, R of each block (detached), and with the normaliser S, S of each block (detached)."""
 
@@ -226,6 +227,7 @@ def _row_products(x: Tensor, A_NXY: Tensor, b_N1Y: Tensor | None, like: Tensor) 
     return out
 
 
+@signed
 class _Attend(torch.autograd.Function):
     """(q, k, v, before) -> y in the sums' dtype, and with the normaliser the denominators [B, T, H, 1] (detached).
 
@@ -350,10 +352,6 @@ def _attend_backward(dy: Tensor, saved: tuple[Any, ...], block: int) -> tuple[Te
         _rows(dv, group).copy_(dv_bcD.view(*shape, D))
     assert G_NMD is not None
     return dq, dk, dv, G_NMD.view(B, H, M, D), None if g_NM is None else g_NM.view(B, H, M)
-
-
-for _function in (_Sums, _Attend):  # torch asks for it at each call, and inspect takes as long as two products
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # pyright: ignore
 
 
 def _or_zeros(tangent: Tensor | None, primal: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from .parts import (
     Values,
     check_query_state,
     plain_sums,
+    signed,
     state_dtype,
     without_autocast,
 )
@@ -87,6 +88,7 @@ def _scan_back(du: Tensor, q: Tensor, k: Tensor, v: Tensor, last: Tensor) -> tup
     return dq, dk, dv, G
 
 
+@signed
 class _Scan(torch.autograd.Function):
     """(q, k, v, R before) -> u, without a normaliser; the last state is an output only so that it can be saved."""
 

@@ -21,6 +21,7 @@ Source: "Sub-Linear Memory: How to Make Performers SLiM", NeurIPS 2021, sections
 """
 
 import contextlib
+import inspect
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -104,6 +105,15 @@ def plain_sums(k: Features, v: Values, *, block: int | None = None, normalize: b
         k_BHTM, v_BHTD = (x.transpose(1, 2).to(state_dtype(k, v)) for x in (k, v))
         total = (k_BHTM.mT @ v_BHTD, k_BHTM.sum(2) if normalize else None)
     return Parts(k=k, v=v, total=total, blocks=None, block=0)
+
+
+def signed(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """A class decorator: the signature of `forward`, which torch asks for at each call, noted once.
+
+    It asks where there is a `setup_context`; inspect takes as long as two products.
+    """
+    function.forward.__signature__ = inspect.signature(function.forward)  # pyright: ignore[reportFunctionMemberAccess]
+    return function
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
