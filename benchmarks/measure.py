@@ -63,9 +63,13 @@ class Case:
 def count_flops(case: Case) -> int:
     """Floating-point operations of the matrix products of one gradient."""
     model, tokens, targets = case.build()
-    counter = FlopCounterMode(display=False, custom_mapping=IN_PLACE_FLOPS)
-    with counter:
-        case.gradient(model, tokens, targets)
+    return flops_of(lambda: case.gradient(model, tokens, targets))
+
+
+def flops_of(work: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products that `work` computes, those added up in place among them."""
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE_FLOPS) as counter:
+        work()
     return counter.get_total_flops()
 
 

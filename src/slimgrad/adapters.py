@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimgrad.errors import InputError
+from slimgrad.modes import in_eval_mode
 from slimgrad.states.rows import Growing
 from slimgrad.sweep.program import is_inside_chunk
 
@@ -283,18 +284,13 @@ def _require_same(adapter: nn.Module, original: Callable[[Tensor], Tensor], widt
     like = next(p for p in adapter.parameters() if p.is_floating_point())
     if like.is_meta:
         return
-    modes = [(module, module.training) for module in adapter.modules()]
     # with a graph: torch's fast path for inference goes around what a subclass replaced
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(like.device.type, enabled=False):
+    without_autocast = torch.autocast(like.device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast, in_eval_mode(adapter.modules()):
         x = torch.arange(2 * 5 * width).sin().view(2, 5, width).to(like).requires_grad_()
-        try:
-            adapter.eval()
-            expected = original(x)
-            first, state = adapter(x[:, :3], cast(Any, adapter).initial_state(2))
-            found = torch.cat([first, adapter(x[:, 3:], state)[0]], 1)
-        finally:
-            for module, training in modes:
-                module.training = training
+        expected = original(x)
+        first, state = adapter(x[:, :3], cast(Any, adapter).initial_state(2))
+        found = torch.cat([first, adapter(x[:, 3:], state)[0]], 1)
     error, norm = float((found - expected).detach().norm()), float(expected.detach().norm())
     if error > torch.finfo(like.dtype).eps ** (1 / 3) * norm:
         raise InputError(

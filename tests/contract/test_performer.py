@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from benchmarks import sums
-from benchmarks.measure import LiveBytes, addmm_flops
-from torch.utils.flop_counter import FlopCounterMode
+from benchmarks.measure import LiveBytes, flops_of
 
 import slimgrad as sg
 from slimgrad.models import Performer, PerformerConfig
@@ -87,12 +86,6 @@ def test_live_bytes_are_flat_with_binomial_once_its_slots_are_full() -> None:
     assert peak_bytes(sg.Binomial(3), 1024, 64) == peak_bytes(sg.Binomial(3), 8192, 64)
 
 
-def count_flops(run: object) -> int:
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
-        run()
-    return counter.get_total_flops()
-
-
 def test_the_first_sweep_costs_the_states_and_nothing_more() -> None:
     """FLOPs of a chunked gradient: each chunk plainly, and N - 1 times what `advance` needs."""
     model, inputs, targets = model_and_tokens(320)
@@ -105,11 +98,11 @@ def test_the_first_sweep_costs_the_states_and_nothing_more() -> None:
         with torch.no_grad():
             model.advance(inputs[:, :64], model.initial_state(1))
 
-    chunked = count_flops(lambda: sg.backward(model, inputs, targets, chunk=64, schedule=sg.Rebuild()))
+    chunked = flops_of(lambda: sg.backward(model, inputs, targets, chunk=64, schedule=sg.Rebuild()))
     # the end state of a chunk hands a gradient to keys and values, which a chunk alone has no use for: two products
     # of [64, 16] and [16, 16] per head and layer, in all chunks but the last
     into_sums = 2 * (2 * 64 * 16 * 16) * 2 * 3
-    assert chunked == 5 * count_flops(plain_chunk) + 4 * (count_flops(advance) + into_sums)
+    assert chunked == 5 * flops_of(plain_chunk) + 4 * (flops_of(advance) + into_sums)
 
 
 def test_advance_costs_the_share_of_a_forward_pass_that_the_floor_says() -> None:
@@ -118,6 +111,6 @@ def test_advance_costs_the_share_of_a_forward_pass_that_the_floor_says() -> None
     model = Performer(PerformerConfig(layers=3, width=512, heads=8, vocabulary=2))
     inputs = torch.randint(0, 2, (1, 64))
     with torch.no_grad():
-        forward = count_flops(lambda: model(inputs, model.initial_state(1)))
-        advance = count_flops(lambda: model.advance(inputs, model.initial_state(1)))
+        forward = flops_of(lambda: model(inputs, model.initial_state(1)))
+        advance = flops_of(lambda: model.advance(inputs, model.initial_state(1)))
     assert advance / forward == pytest.approx((2 + 1 / 6) / 3, abs=0.01)  # measured: 0.004 above, which is attention

@@ -116,12 +116,7 @@ class SharedModel:
             if bits != self._context_bits():
                 raise _wrote_to_context()
             self._tried.add(method)
-        if [x for x, g, number in gathered if x.grad is not g or g._version != number]:
-            raise ModelError(
-                "forward changed the .grad of the model's parameters (zero_grad, a .backward() within), where the "
-                "gradients of the chunks gather: they would be lost. Expected forward to leave .grad alone; call "
-                "zero_grad between calls, and use torch.autograd.grad for gradients that the model takes itself"
-            )
+        _refuse_dropped(gathered)
         if self._context_is_written():
             raise _wrote_to_context()
         if before != [version(x) for x in tree.tensors(inputs)]:
@@ -205,6 +200,16 @@ class SharedModel:
                 "gradient would be lost. Make it a parameter of the model (a loss with parameters is a method of the "
                 "model), pass it as context, or call within torch.no_grad() where no gradient is wanted"
             )
+
+
+def _refuse_dropped(gathered: list[tuple[Tensor, Tensor, int]]) -> None:
+    """Raise if one of the leaves has another `.grad` than it had, or the same one written to."""
+    if any(x.grad is not g or g._version != number for x, g, number in gathered):
+        raise ModelError(
+            "forward changed the .grad of the model's parameters (zero_grad, a .backward() within), where the "
+            "gradients of the chunks gather: they would be lost. Expected forward to leave .grad alone; call "
+            "zero_grad between calls, and use torch.autograd.grad for gradients that the model takes itself"
+        )
 
 
 def _wrote_to_context() -> ModelError:

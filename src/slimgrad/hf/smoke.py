@@ -22,6 +22,7 @@ from slimgrad.hf.batch import padding_token
 from slimgrad.hf.configured import refuse_layers_unlike
 from slimgrad.hf.rope import depends_on_length
 from slimgrad.hf.step import BaseStep
+from slimgrad.modes import in_eval_mode
 from slimgrad.sweep.random import seeded
 
 _TOKENS, _CHUNK = 64, 24
@@ -51,7 +52,9 @@ def require_same_outputs(inner: nn.Module, step: BaseStep) -> None:
             "check. Enable it before it is sharded, or slimgrad.hf.enable(model, check=False)"
         )
     device = weights[0].device
-    with torch.no_grad(), seeded(0, device), _evaluating(step.base):
+    # layers of bitsandbytes repack their weights for good when they run in eval mode on a CPU
+    others = [m for m in step.base.modules() if not type(m).__module__.startswith("bitsandbytes")]
+    with torch.no_grad(), seeded(0, device), in_eval_mode(others):
         inputs = {"input_ids": _tokens(step, device)}
         own, *others = [_whole(step, inputs, way) for way in _ways(inner)]
         with _rounding_at_random(step.base):
@@ -75,22 +78,6 @@ def require_same_outputs(inner: nn.Module, step: BaseStep) -> None:
             "Its class is exact, so something on this model looks across tokens: an adapter, a replaced layer, a hook. "
             "Without this check: slimgrad.hf.enable(model, check=False)"
         )
-
-
-@contextmanager
-def _evaluating(base: nn.Module) -> Generator[None]:
-    """Nothing random. Layers of bitsandbytes stay as they are: in eval mode, on a CPU, they repack their weights for
-    good.
-    """
-    others = [m for m in base.modules() if not type(m).__module__.startswith("bitsandbytes")]
-    modes = [(module, module.training) for module in others]
-    for module in others:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from slimgrad.call.program import LossFn
 from slimgrad.call.protocol import require_causal_model
 from slimgrad.call.source import Reader
 from slimgrad.errors import InputError
+from slimgrad.modes import in_eval_mode
 from slimgrad.sweep import tree
 from slimgrad.sweep.cut import Cut
 from slimgrad.sweep.random import seeded
@@ -200,19 +201,13 @@ def _copied(
 
 
 def _measure(subject: Subject, chunk: int, schedule: Schedule | None) -> _Measured:
-    modes = [(module, module.training) for module in subject.model.modules()]
     with as_verified(subject):
         in_chunks = _swept(subject, chunk, schedule)
         plain = in_one_graph(subject, chunk)
-        still = in_chunks
-        try:
-            if any(training for _, training in modes):
-                subject.model.eval()
-                still = _swept(subject, chunk, schedule)
+        was_training = any(module.training for module in subject.model.modules())
+        with in_eval_mode(subject.model.modules()):
+            still = _swept(subject, chunk, schedule) if was_training else in_chunks
             whole = in_one_graph(subject, None)
-        finally:
-            for module, training in modes:
-                module.training = training
     return {"sweep": (in_chunks, plain), "step": (still, whole)}
 
 

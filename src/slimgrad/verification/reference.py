@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from slimgrad.call.arguments import Call, Options
 from slimgrad.call.losses import IGNORED, cross_entropy_sum
 from slimgrad.call.program import LossFn
+from slimgrad.modes import in_eval_mode
 from slimgrad.states import raw_tensor
 from slimgrad.states.base import State
 from slimgrad.sweep import tree
@@ -221,10 +222,8 @@ def loss_that_is_no_sum(subject: Subject, chunk: int) -> list[str]:
 
 def draws_in_eval_mode(subject: Subject) -> list[str]:
     """A sentence if the model, or `loss_fn`, draws random numbers with every module in eval mode."""
-    modes = [(module, module.training) for module in subject.model.modules()]
     loss_fn = subject.loss_fn or _cross_entropy
-    subject.model.eval()
-    try:
+    with in_eval_mode(subject.model.modules()):
         for program, (inputs, targets) in zip(_programs(subject, None), sequences(subject), strict=True):
             with program.chunk_context(-1):
                 state = cast(Any, subject.model).initial_state(program.batch)
@@ -239,9 +238,6 @@ def draws_in_eval_mode(subject: Subject) -> list[str]:
                         "call takes others than chunks do, so that the step check cannot pass. Let functional noise "
                         "ask for the mode, as F.dropout(x, p, training=self.training), or verify without it"
                     ]
-    finally:
-        for module, training in modes:
-            module.training = training
     return []
 
 

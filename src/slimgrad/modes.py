@@ -1,0 +1,25 @@
+"""Modules in eval mode for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def in_eval_mode(modules: Iterable[nn.Module]) -> Generator[None]:
+    """Within the block these modules are in eval mode: nothing random. Afterwards each is in its own mode again.
+
+    Only their flags are set: what a module does besides in a `train` of its own (merge its adapters, repack its
+    weights) is not for a look at it.
+    """
+    before = [(module, module.training) for module in modules]
+    try:
+        for module, _ in before:
+            module.training = False
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
