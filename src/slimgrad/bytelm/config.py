@@ -14,8 +14,7 @@ import json
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
@@ -279,37 +278,6 @@ def plain_type(name: str) -> type:
     """A field's type as a word on the command line is read: bool (a flag), int, float or str."""
     found = [one for one in (bool, int, float) if one in _members(_checked().model_fields[name].annotation)]
     return found[0] if found else str
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The fields that a YAML (or JSON) file sets: any of them, the model's below `model`; and `preset`, `corpus`.
-
-    Raises:
-        InputError: not such a file, or a field that there is none of.
-    """
-    import yaml
-
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise InputError(f"--config {path}: expected a readable YAML file, got: {reason}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"--config {path}: expected lines such as 'steps: 400', found none")
-    names = ["preset", "corpus", *(field.name for field in dataclasses.fields(TrainConfig))]
-    fields = cast("dict[Any, Any]", found)
-    unknown = [str(name) for name in fields if name not in names]
-    if unknown:
-        raise InputError(
-            f"--config {path}: no field is called {', '.join(unknown)}. Expected any of {', '.join(names)}"
-        )
-    words = [name for name in ("preset", "corpus") if not isinstance(fields.get(name, ""), str)]
-    if words:
-        raise InputError(f"--config {path}: {words[0]}={fields[words[0]]}: expected a name")
-    try:
-        return json.loads(json.dumps(fields))
-    except TypeError as error:
-        raise InputError(f"--config {path}: expected numbers and words, got what is neither: {error}") from error
 
 
 def with_fields(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:

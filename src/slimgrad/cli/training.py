@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import yaml
 from torch import Tensor
 
 from slimgrad.budget.plan import Plan
 from slimgrad.bytelm import RunFolder, TrainConfig, build_model, make_task, open_model, with_fields, with_settings
-from slimgrad.bytelm.config import read_config_file
 from slimgrad.bytelm.memory import out_of_memory
 from slimgrad.bytelm.model_file import require_shape
 from slimgrad.bytelm.optimizer import check_optimizer
@@ -35,7 +36,7 @@ FINETUNE_STEPS, FINETUNE_RATE = 20, 0.1
 
 def run_training(options: Options) -> None:
     """Train a new run."""
-    written = {} if options.config is None else read_config_file(options.config)
+    written = {} if options.config is None else _read_config_file(options.config)
     of_file = {name: written.pop(name, None) for name in ("preset", "corpus")}
     named = options.preset or of_file["preset"]
     preset = named or DEFAULT_PRESET
@@ -155,3 +156,32 @@ def session_record(config: TrainConfig, step: int) -> dict[str, Any]:
     """What a session is, for config.json: from which step on, how gradients are computed, on what."""
     how = {name: getattr(config, name) for name in HOW}
     return {"after_step": step, **how, **describe_environment()}
+
+
+def _read_config_file(path: Path) -> dict[str, Any]:
+    """The fields that a YAML (or JSON) file sets: any of them, the model's below `model`; and `preset`, `corpus`.
+
+    Raises:
+        InputError: not such a file, or a field that there is none of.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise InputError(f"--config {path}: expected a readable YAML file, got: {reason}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"--config {path}: expected lines such as 'steps: 400', found none")
+    names = ["preset", "corpus", *(field.name for field in dataclasses.fields(TrainConfig))]
+    fields = cast("dict[Any, Any]", found)
+    unknown = [str(name) for name in fields if name not in names]
+    if unknown:
+        raise InputError(
+            f"--config {path}: no field is called {', '.join(unknown)}. Expected any of {', '.join(names)}"
+        )
+    words = [name for name in ("preset", "corpus") if not isinstance(fields.get(name, ""), str)]
+    if words:
+        raise InputError(f"--config {path}: {words[0]}={fields[words[0]]}: expected a name")
+    try:
+        return json.loads(json.dumps(fields))
+    except TypeError as error:
+        raise InputError(f"--config {path}: expected numbers and words, got what is neither: {error}") from error
