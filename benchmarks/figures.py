@@ -333,7 +333,7 @@ def draw() -> None:
     draw_joint(load("joint"))
     draw_budget(plt)
     draw_whole_text(plt)
-    draw_memory(plt)
+    draw_memory()
 
 
 def main() -> None:

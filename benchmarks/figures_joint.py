@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.joint.cases import CHECKPOINT, OURS, PERFORMER_PYTORCH, PLAIN, PUBLISHED
-from benchmarks.shown import IMAGES, LABELS, load, origin
+from benchmarks.shown import IMAGES, LABELS, load, origin, picture, save_for_pages
 
 Row = dict[str, Any]
 NAMES = {PLAIN: LABELS["plain"][0], CHECKPOINT: LABELS["checkpoint"][0]}
 STYLES = {PLAIN: LABELS["plain"][1:], CHECKPOINT: LABELS["checkpoint"][1:], OURS: LABELS["rebuild"][1:]}
 OTHERS = ("#63a36c", "^")
+PICTURE = "Time and memory of one gradient, case by case"
 
 
 def name_of(row: Row) -> str:
@@ -126,7 +127,7 @@ def readme_block(results: Row) -> str:
             + ("; of mambapy, plain backpropagation is its own parallel scan." if mambapy else "."),
             compact_table(results, README),
             others_sentence(results),
-            "![Time and memory of one gradient, case by case](docs/images/joint.png)",
+            picture("docs/images/joint.png", PICTURE),
             f"Measured by {origin(results)}",
         ]
     )
@@ -179,17 +180,16 @@ def joint_sentence(results: Row) -> str:
 
 def joint_block(results: Row) -> str:
     """The whole table with its words."""
-    picture = "![Time and memory of one gradient, case by case](images/joint.png)"
-    return f"{picture}\n\n{joint_table(results)}\n\n{joint_sentence(results).strip()}\n\nMeasured by {origin(results)}"
+    drawn = picture("images/joint.png", PICTURE)
+    return f"{drawn}\n\n{joint_table(results)}\n\n{joint_sentence(results).strip()}\n\nMeasured by {origin(results)}"
 
 
 def draw_joint(results: Row, path: Path = IMAGES / "joint.png") -> None:
     """Time over memory, a panel for each case: ours from large chunks to small ones, beside the others."""
-    import matplotlib as mpl
+    save_for_pages(lambda plt: _draw(plt, results), path)
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
 
+def _draw(plt: Any, results: Row) -> Any:
     shown = [[row for row in rows if "default" in row and "failed" not in row] for rows in groups(results["rows"])]
     shown = [rows for rows in shown if any(row["method"] == OURS for row in rows)]
     columns = min(len(shown), 5)
@@ -220,7 +220,7 @@ def draw_joint(results: Row, path: Path = IMAGES / "joint.png") -> None:
     figure.supylabel("seconds", fontsize=9)
     figure.legend(labels.values(), labels.keys(), loc="upper right", ncols=len(labels), frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / (2.3 * lines + 0.6)))
-    figure.savefig(path, facecolor="white")
+    return figure
 
 
 TICKS = [step * 10**power for power in range(5) for step in (1, 2, 5)]

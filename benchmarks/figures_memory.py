@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.shown import IMAGES, LABELS, load
+from benchmarks.shown import IMAGES, LABELS, load, save_for_pages
 
-PAGES = {"memory.png": ("white", "black"), "memory-dark.png": ("#0d1117", "#e6edf3")}  # background, text
 MEGABYTES = {50: "50 MB", 100: "100 MB", 200: "200 MB", 500: "500 MB", 1000: "1 GB"}
 
 
-def draw_memory(plt: Any) -> None:
+def draw_memory() -> None:
     """Peak resident memory of one gradient over the length of the sequence."""
     rows = load("memory")["rows"]
-    for name, (background, text) in PAGES.items():
-        ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), text)
-        with plt.rc_context(ink | {"axes.facecolor": background}):
-            _draw(plt, rows).savefig(IMAGES / name, facecolor=background)
+    save_for_pages(lambda plt: _draw(plt, rows), IMAGES / "memory.png")
 
 
 def _draw(plt: Any, rows: list[dict[str, Any]]) -> Any:

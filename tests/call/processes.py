@@ -28,7 +28,6 @@ def _say_where_after(rank: int, seconds: float, function: Callable[..., None], *
     """One of the processes: one that does not end prints what each of its threads is at."""
     faulthandler.dump_traceback_later(seconds)
     function(rank, *args)
-    faulthandler.cancel_dump_traceback_later()
 
 
 def refusals(ways: dict[str, Callable[[], object]]) -> dict[str, str]:
