@@ -36,7 +36,7 @@ MOST = 1 << 24
 def measure(shape: str, method: str, memory: int) -> dict[str, Any]:
     """The child's side."""
     import slimgrad as sg
-    from slimgrad.hf.forwards import BaseForward
+    from slimgrad.hf.base import BaseForward
 
     torch.set_num_threads(1)
     available.set_malloc("returned")

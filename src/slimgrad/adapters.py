@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimgrad.errors import InputError
-from slimgrad.modes import in_eval_mode
+from slimgrad.modes import in_mode
 from slimgrad.states.rows import Growing
 from slimgrad.sweep.program import is_inside_chunk
 
@@ -286,7 +286,7 @@ def _require_same(adapter: nn.Module, original: Callable[[Tensor], Tensor], widt
         return
     # with a graph: torch's fast path for inference goes around what a subclass replaced
     without_autocast = torch.autocast(like.device.type, enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), without_autocast, in_eval_mode(adapter.modules()):
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast, in_mode(adapter.modules(), training=False):
         x = torch.arange(2 * 5 * width).sin().view(2, 5, width).to(like).requires_grad_()
         expected = original(x)
         first, state = adapter(x[:, :3], cast(Any, adapter).initial_state(2))

@@ -1,4 +1,4 @@
-"""Modules in eval mode for a while."""
+"""Modules in another mode for a while."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import nn
 
 
 @contextmanager
-def in_eval_mode(modules: Iterable[nn.Module]) -> Generator[None]:
-    """Within the block these modules are in eval mode: nothing random. Afterwards each is in its own mode again.
+def in_mode(modules: Iterable[nn.Module], *, training: bool) -> Generator[None]:
+    """Within the block these modules are in training mode, or in eval mode; afterwards each is in its own again.
 
     Only their flags are set: what a module does besides in a `train` of its own (merge its adapters, repack its
     weights) is not for a look at it.
@@ -18,8 +18,8 @@ def in_eval_mode(modules: Iterable[nn.Module]) -> Generator[None]:
     before = [(module, module.training) for module in modules]
     try:
         for module, _ in before:
-            module.training = False
+            module.training = training
         yield
     finally:
-        for module, training in before:
-            module.training = training
+        for module, was_training in before:
+            module.training = was_training

@@ -241,7 +241,9 @@ def test_logits_that_are_not_kept_say_so() -> None:
     model, ids = enable(large(llama())), tokens()
     found = model(input_ids=ids, labels=ids)
     assert not hasattr(found, "logits")
-    assert list(found) == ["loss"]
+    assert list(found) == ["loss", "past_key_values"]
+    with pytest.raises(InputError, match="are not kept"):
+        _ = found[:2]
     with pytest.raises(InputError, match="logits of a forward with labels are not kept in training"):
         _ = found.logits
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +27,17 @@ class Guard:
 
     Args:
         model: whose.
-        renormalised: parameters that may be written to: the table of an `nn.Embedding(max_norm=...)` nobody else uses.
+        written: parameters that may be written to, by their ids: the table of an `nn.Embedding(max_norm=...)` nobody
+            else uses, and those of `set_to_themselves`.
     """
 
-    def __init__(self, model: nn.Module, renormalised: set[int]) -> None:
+    def __init__(self, model: nn.Module, written: set[int]) -> None:
         self._places = [
             (module, name)
             for module in model.modules()
             for name in module._buffers  # pyright: ignore[reportPrivateUsage]
         ]
-        self._parameters = [(name, p) for name, p in model.named_parameters() if id(p) not in renormalised]
+        self._parameters = [(name, p) for name, p in model.named_parameters() if id(p) not in written]
         self._samples: list[Tensor] = []
         self._left: tuple[list[Tensor], list[int], list[Any]] | None = None  # buffers and versions, after a chunk
 
@@ -167,7 +168,9 @@ class CalledWith:
     """
 
     def __init__(self, model: nn.Module, others: Sequence[Tensor]) -> None:
-        self._versions = [(x, version(x)) for x in (*model.parameters(), *model.buffers(), *others)]
+        written = set_to_themselves(model)
+        parameters = [p for p in model.parameters() if id(p) not in written]
+        self._versions = [(x, version(x)) for x in (*parameters, *model.buffers(), *others)]
         self._values = [
             (module.__dict__, name, value)
             for module in model.modules()
@@ -214,6 +217,33 @@ class CalledWith:
                 else:
                     own[name] = now
             torch.set_default_dtype(dtype)
+
+
+def backward_hooks(module: nn.Module) -> list[Any]:
+    """The full backward hooks of a module: they are handed gradients of what it returned and was given."""
+    return [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]  # pyright: ignore[reportPrivateUsage]
+
+
+def refuse_backward_hooks(model: nn.Module) -> None:
+    """Raise where a module has one: it would run for every chunk by itself, on a part of the gradient."""
+    everywhere = torch.nn.modules.module
+    of_all = everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks  # pyright: ignore[reportPrivateUsage]
+    found = [name or type(model).__name__ for name, module in model.named_modules() if backward_hooks(module)]
+    if found or of_all:
+        raise ModelError(
+            f"{', '.join(found[:3]) or 'every module'} has a backward hook (register_full_backward_hook), which would "
+            "run for every chunk by itself, on the gradient of a part of the sequence: what it changes would be wrong. "
+            "Expected none: remove it, or register a hook on parameters (p.register_hook), which is handed the whole "
+            "gradient once"
+        )
+
+
+def set_to_themselves(model: nn.Module) -> set[int]:
+    """The ids of parameters that the model says it sets to their own values while it runs, which counts as a write:
+    `torch.nn.utils.parametrize.register_parametrization` within forward does so.
+    """
+    found = getattr(model, "set_to_themselves", list[Tensor])
+    return {id(p) for p in cast(Any, found)()}
 
 
 def refuse_by_options(model: nn.Module, takes_gradient: Callable[[Tensor], bool]) -> set[int]:

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils import parametrize
 
-from slimgrad.call.guard import Guard, counted_by_frequency, readable, refuse_by_options
+from slimgrad.call.guard import (
+    Guard,
+    counted_by_frequency,
+    readable,
+    refuse_backward_hooks,
+    refuse_by_options,
+    set_to_themselves,
+)
 from slimgrad.call.watch import Watch
 from slimgrad.errors import ConsumedError, ModelError
 from slimgrad.gradients.buffers import Gather
@@ -53,8 +60,10 @@ class SharedModel:
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in {"cpu", self.device.type}
         ]
+        if gather is not None:
+            refuse_backward_hooks(model)
         renormalised = refuse_by_options(model, lambda p: gather is not None and p.requires_grad)
-        self._guard = Guard(model, renormalised)
+        self._guard = Guard(model, renormalised | set_to_themselves(model))
         self._watch = Watch(model)
         self._tried: set[str] = set()
         self._seed = 0

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from slimgrad.errors import ModelError
 from slimgrad.once import differentiable_once
 
 NAME = "slimgrad"
@@ -43,12 +45,16 @@ def attention(
     past + chunk, dim]`. Returns `[batch, chunk, heads, dim]`.
 
     Raises:
-        NotImplementedError: an option (sinks, caps, biases) that this attention does not have; a class that uses one
-            is certified with its own attention instead.
+        ModelError: an option (sinks, caps, biases) that this attention does not have; a class that uses one is
+            certified with its own attention instead.
     """
     used = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if used or attention_mask is not None or not getattr(module, "is_causal", True):
-        raise NotImplementedError(f"{NAME} attention: {', '.join(used) or 'a mask, or a layer that is not causal'}")
+        came = ", ".join(used) or ("a mask" if attention_mask is not None else "is_causal=False")
+        raise ModelError(
+            f"attention in chunks was given {came}, which its class was not certified with. Expected causal attention, "
+            "as the model's configuration has it: chunks have nothing of what comes later"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = None if sliding_window is None or sliding_window >= key.shape[2] else sliding_window
     if window is None and not dropout and _is_fused(query, value):
@@ -188,6 +194,16 @@ def configs_of(base: nn.Module) -> list[Any]:
     """The configurations that the modules of `base` read the name of their attention function from."""
     found = {id(c): c for m in base.modules() if (c := getattr(m, "config", None)) is not None}
     return [c for c in found.values() if hasattr(c, "_attn_implementation_internal")]
+
+
+def is_transformers_own(name: str | None) -> bool:
+    """Whether an attention function is transformers' (or ours), which computes softmax attention as any other of them:
+    one that somebody registered may compute something else.
+    """
+    function = cast(Any, ALL_ATTENTION_FUNCTIONS).get(name)
+    if name is None or function is None or "/" in name:  # eager attention is in a model's own file; a kernel of a hub
+        return True
+    return function is attention or getattr(function, "__module__", "").split(".")[0] == "transformers"
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from slimgrad.hf.step import CACHE_NAMES
 PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
+DOCUMENTS = ("position_ids", "seq_idx", *_LENGTHS)  # what tells the documents of a row apart
 # what changes nothing in training: the mask, the cache and the shape of the answer are ours to make
 _IGNORED = (
     "attention_mask",
@@ -87,7 +88,9 @@ def _at_least_two(sequence: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.cat([x, x + (name == "position_ids")], 1) for name, x in sequence.items()}
 
 
-def read_batch(given: dict[str, Any], config: Any, *, padding: int | None, takes_positions: bool) -> Batch:
+def read_batch(
+    given: dict[str, Any], config: Any, *, padding: int | None, takes_positions: bool, starts_anywhere: bool
+) -> Batch:
     """Check what the base model was given, and cut it into sequences.
 
     Args:
@@ -95,6 +98,7 @@ def read_batch(given: dict[str, Any], config: Any, *, padding: int | None, takes
         config: the model's.
         padding: the token that moves later positions wherever it stands (models that count positions so); or None.
         takes_positions: whether the model's forward takes `position_ids`, by name or among others.
+        starts_anywhere: whether these may begin at another position than 0.
 
     Raises:
         InputError: what chunks cannot do exactly, by name.
@@ -119,6 +123,12 @@ def read_batch(given: dict[str, Any], config: Any, *, padding: int | None, takes
     if padding is not None and "input_ids" in tensors:
         _refuse_padding_inside(tensors["input_ids"], padding)
     if positions is not None and takes_positions:
+        firsts = positions[:, 0] if starts is None else positions[starts]
+        if not starts_anywhere and bool(firsts.any()):
+            raise InputError(
+                f"position_ids begin at {int(firsts.max())}: this model computes something else by them in a whole "
+                "pass than in chunks. Expected 0 at the start of every document"
+            )
         tensors["position_ids"] = positions
     if starts is None:
         return Batch([tensors], False, rows, time, mask)
@@ -163,6 +173,15 @@ def _refuse(given: dict[str, Any], config: Any) -> None:
         raise InputError(
             f"the model was given {', '.join(strange)} in training, of which slimgrad does not know how it is cut into "
             f"chunks; expected {', '.join(PER_TOKEN)} and attention_mask. Leave it out, or slimgrad.hf.disable(model)"
+        )
+
+
+def refuse_cache(given: dict[str, Any]) -> None:
+    """Raise where a cache is asked for by name: there is none to hand on."""
+    if given.get("use_cache") is True:
+        raise InputError(
+            "use_cache=True in training: a pass in chunks returns no cache, since a gradient through it is not "
+            "supported. Leave use_cache out, and pass the whole sequence in one call"
         )
 
 
@@ -213,6 +232,12 @@ def _document_starts(
     named = ""
     if positions is not None:
         jumps = positions[:, 1:] != positions[:, :-1] + 1
+        if bool((positions[:, 1:] > positions[:, :-1] + 1).any()):
+            raise InputError(
+                "position_ids jump forward within a row, which says neither that it is one document nor where another "
+                "begins (transformers takes it for both, by whether there is a cache). Expected positions that rise by "
+                "one, and start anew at 0 where a document does"
+            )
         starts[:, 1:] = jumps if mask is None else jumps & mask[:, 1:]
         named = "position_ids"
     for name in (*_LENGTHS, "seq_idx"):

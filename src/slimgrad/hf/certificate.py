@@ -29,6 +29,7 @@ class Certificate:
         counts_from_chunk: the model counts positions from the start of what it is given.
         counts_padding: whether the padding token moves the positions of what comes after it.
         takes: inputs per token that give the same outputs in chunks as in a whole pass.
+        starts_anywhere: whether positions that are given may begin at another one than 0.
         silent_zeros: kinds of tokens that change nothing where they are all zero.
         checkpoints: whether transformers' own activation checkpointing within chunks gives the same gradients.
         states: the kinds of state found.
@@ -48,6 +49,7 @@ class Certificate:
     counts_from_chunk: bool = False
     counts_padding: bool = False
     takes: list[str] = field(default_factory=list[str])
+    starts_anywhere: bool = False
     silent_zeros: list[str] = field(default_factory=list[str])
     checkpoints: bool = False
     states: list[str] = field(default_factory=list[str])

@@ -8,10 +8,12 @@ around its window, with a remainder of one token, and on both sides of threshold
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import json
 import os
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +27,7 @@ import slimgrad
 from slimgrad.errors import ModelError, SlimgradError, StorageError
 from slimgrad.hf import mends
 from slimgrad.hf.attention import NAME as OURS
+from slimgrad.hf.attention import is_transformers_own
 from slimgrad.hf.batch import PER_TOKEN, TOKEN_TYPES
 from slimgrad.hf.certificate import CHUNKS, LENGTH, TOLERANCE, Certificate
 from slimgrad.hf.comparing import Plain, built, error, outputs_differ, plain, undisturbed
@@ -88,11 +91,15 @@ def certify_class(kind: type[Any], config: Any, *, cached: bool = True) -> Certi
 def _attention(config: Any) -> str:
     """What to compare with: the model's own implementation, or sdpa for those that have no float64."""
     named = getattr(config, "_attn_implementation", None) or "sdpa"
-    return named if named in ("eager", "sdpa", "slimgrad") else "sdpa"
+    return named if named in ("eager", "sdpa", "slimgrad") or not is_transformers_own(named) else "sdpa"
 
 
 def _place(kind: type[Any], config: Any, attention: str, versions: dict[str, str]) -> Path | None:
-    """Where the certificate lies: by all that it depends on. None for a class whose code cannot be read."""
+    """Where the certificate lies: by all that it depends on. None for a class whose code cannot be read, or where other
+    code has taken the place of transformers', of which its version says nothing.
+    """
+    if not is_transformers_own(attention) or _is_patched(kind):
+        return None
     try:
         home = Path(os.environ.get("SLIMGRAD_CACHE") or Path.home() / ".cache" / "slimgrad")
         code = [inspect.getfile(one) for one in kind.__mro__ if one.__module__.split(".")[0] not in _OTHERS]
@@ -106,6 +113,26 @@ def _place(kind: type[Any], config: Any, attention: str, versions: dict[str, str
 
 
 _OTHERS = ("builtins", "torch", "transformers", "typing", "abc")  # by their versions
+
+
+def _is_patched(kind: type[Any]) -> bool:
+    """Whether in the file of a class of transformers' a function, a method or a class is somebody else's."""
+    for module in {sys.modules[one.__module__] for one in kind.__mro__ if ".models." in one.__module__}:
+        for value in vars(module).values():
+            own = isinstance(value, type) and value.__module__ == module.__name__
+            parts = vars(value).values() if own else [value]
+            if any((inspect.isfunction(x) or inspect.isclass(x)) and not _is_known(x) for x in parts):
+                return True
+    return False
+
+
+def _is_known(code: Any) -> bool:
+    """Whether a function or a class is of torch, transformers or Python."""
+    module = (code.__module__ or "").split(".")[0]
+    file = code.__code__.co_filename if inspect.isfunction(code) else getattr(sys.modules.get(module), "__file__", "")
+    packages = [str(Path(str(one.__file__)).parent) for one in (torch, transformers)]
+    homes = (*packages, str(dataclasses.__file__), "<string>")
+    return module in sys.stdlib_module_names or (file or "").startswith(homes)
 
 
 def _read(place: Path) -> Certificate | None:
@@ -166,7 +193,7 @@ def _in_chunks(model: Any, whole: Plain, blank: Certificate) -> Certificate:
     worst = float("inf")
     for attention, counts in ((OURS, False), (None, False), (None, True)):
         known = replace(known, chunk_attention=attention, counts_from_chunk=counts)
-        if attention is None or blank.attention == "sdpa":
+        if attention is None or (blank.attention == "sdpa" and is_transformers_own("sdpa")):
             worst = _worst(whole, known)
             if worst <= TOLERANCE:
                 break
@@ -185,6 +212,7 @@ def _in_chunks(model: Any, whole: Plain, blank: Certificate) -> Certificate:
         error=worst,
         states=step.state_kinds(),
         takes=_takes(step, whole.tokens),
+        starts_anywhere=_starts_anywhere(step, whole.tokens),
         silent_zeros=_silent_zeros(base, whole.tokens),
         counts_padding=_counts_padding(model, step),
         checkpoints=_checkpoints(whole, known),
@@ -288,6 +316,14 @@ def _takes(step: Any, tokens: Tensor) -> list[str]:
         with torch.no_grad():
             tried["inputs_embeds"] = {"inputs_embeds": step.base.get_input_embeddings()(tokens)}
     return [name for name in PER_TOKEN if name in tried and not _differs(step, tried[name])]
+
+
+def _starts_anywhere(step: Any, tokens: Tensor) -> bool:
+    """Whether positions that begin later give the same in chunks; where frequencies depend on the length, a whole pass
+    takes the last position for it.
+    """
+    at = torch.arange(3, 3 + tokens.shape[1]).expand_as(tokens)
+    return not depends_on_length(step.base) and not _differs(step, {"input_ids": tokens, "position_ids": at})
 
 
 def _silent_zeros(base: Any, tokens: Tensor) -> list[str]:

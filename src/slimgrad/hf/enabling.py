@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from slimgrad.budget.size import parse_bytes
 from slimgrad.errors import InputError, ModelError
+from slimgrad.hf.base import refuse_modules
 from slimgrad.hf.certificate import Certificate
 from slimgrad.hf.certifying import certify, inner_model
-from slimgrad.hf.forwards import enabled, install, refuse_modules, uninstall
+from slimgrad.hf.forwards import enabled, install, uninstall
 from slimgrad.sweep.schedules.base import Schedule
 
 
@@ -60,8 +62,13 @@ def enable(
         raise InputError("the model is enabled already; expected slimgrad.hf.disable(model) before it is enabled anew")
     if chunk is not None and memory is not None:
         raise InputError("chunk= and memory=: expected one of them. memory= chooses the chunk")
-    if chunk is not None and chunk < 2:
-        raise InputError(f"chunk={chunk}: expected at least 2, since many models take another path for one token alone")
+    if chunk is not None and (type(chunk) is not int or chunk < 2):
+        raise InputError(
+            f"chunk={chunk!r}: expected a whole number, at least 2, since many models take another path for one token "
+            "alone"
+        )
+    if isinstance(memory, str):
+        parse_bytes(memory)
     certificate = certificate or certify(inner)
     certificate.require_exact()
     base = inner.get_submodule(certificate.base)

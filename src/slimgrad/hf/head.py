@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import get_gradient_edge
 from transformers.utils.generic import ModelOutput
 
-from slimgrad.errors import ConsumedError, InputError
+from slimgrad.errors import ConsumedError, InputError, ModelError
+from slimgrad.gradients.graph import find_strangers
 from slimgrad.once import differentiable_once
 
 PIECE = 512  # tokens whose logits exist at once
@@ -162,6 +164,7 @@ class _LossInPieces(torch.autograd.Function):
             total += loss.detach().to(total.dtype)
             if not loss.requires_grad:
                 continue
+            _refuse_strangers(loss, [x, *parameters] if wants_hidden else parameters)
             found = torch.autograd.grad(loss, [x, *parameters] if wants_hidden else parameters, allow_unused=True)
             if d_hidden is not None:
                 d_hidden[:, span] = found[0]
@@ -187,8 +190,36 @@ class _LossInPieces(torch.autograd.Function):
         return _scaled(d_hidden, scale), None, None, *found
 
 
+def _refuse_strangers(loss: Tensor, takers: Sequence[Tensor]) -> None:
+    """Raise if the graph of a piece ends in a leaf whose gradient would be lost."""
+    strangers, _ = find_strangers([loss], [get_gradient_edge(x) for x in takers])
+    if strangers:
+        raise ModelError(
+            f"the head's loss depends on a tensor of shape {list(strangers[0].shape)} that requires a gradient and is "
+            "no parameter of the model (a hook, a module wrapped around the head): in pieces its gradient would be "
+            "lost. Make it a parameter of the model, or compute the loss from the logits"
+        )
+
+
 class NoLogitsError(InputError, AttributeError):
     """Logits that were never there; for `hasattr` they are absent."""
+
+
+class NoCache:
+    """In the place of a cache in the outputs of a pass in chunks: whoever hands it on, or reads it, is told."""
+
+    def __repr__(self) -> str:
+        return "NoCache()"
+
+    def __getattr__(self, name: str) -> Any:
+        raise NoCacheError(
+            "a pass in chunks returns no cache to go on from: a gradient through it is not supported. Expected the "
+            "whole sequence in one call, in as many chunks as it needs; or slimgrad.hf.disable(model)"
+        )
+
+
+class NoCacheError(InputError, AttributeError):
+    """A cache that was never there."""
 
 
 @dataclass
@@ -197,16 +228,18 @@ class LossOutput(ModelOutput):
 
     Attributes:
         loss: 0-d.
-        past_key_values, hidden_states, attentions: None, as in transformers' own outputs.
+        past_key_values: None or a `NoCache`.
+        hidden_states, attentions: None, as in transformers' own outputs.
     """
 
     loss: Tensor | None = None
-    past_key_values: None = None
+    past_key_values: NoCache | None = None
     hidden_states: None = None
     attentions: None = None
 
     def __getitem__(self, k: Any) -> Any:
-        return self.logits if k == "logits" else super().__getitem__(k)
+        past_the_loss = k == "logits" if isinstance(k, str) else k not in (0, slice(1), slice(0, 1))
+        return self.logits if past_the_loss else super().__getitem__(k)
 
     @property
     def logits(self) -> Any:

@@ -66,6 +66,14 @@ class BaseStep(nn.Module):
         """The base model's own forward, as its class has it."""
         return cast(Any, type(self.base)).forward(self.base, **kwargs)
 
+    def set_to_themselves(self) -> list[Tensor]:
+        """Frozen weights that PEFT adapts by a parametrization which it registers in every forward (experts)."""
+        wrappers = [module for module in self.base.modules() if type(module).__name__ == "ParamWrapper"]
+        return [p for p in (cast(Any, module).get_param() for module in wrappers) if not p.requires_grad]
+
+    def prepare(self) -> None:
+        """What the model does to itself at the start of a pass, before the first chunk of one."""
+
     def new_cache(self) -> Any:
         """The cache that the model fills when it is probed."""
         return DynamicCache(config=self.config)

@@ -27,7 +27,7 @@ from slimgrad.call.program import LossFn
 from slimgrad.call.protocol import require_causal_model
 from slimgrad.call.source import Reader
 from slimgrad.errors import InputError
-from slimgrad.modes import in_eval_mode
+from slimgrad.modes import in_mode
 from slimgrad.sweep import tree
 from slimgrad.sweep.cut import Cut
 from slimgrad.sweep.random import seeded
@@ -205,7 +205,7 @@ def _measure(subject: Subject, chunk: int, schedule: Schedule | None) -> _Measur
         in_chunks = _swept(subject, chunk, schedule)
         plain = in_one_graph(subject, chunk)
         was_training = any(module.training for module in subject.model.modules())
-        with in_eval_mode(subject.model.modules()):
+        with in_mode(subject.model.modules(), training=False):
             still = _swept(subject, chunk, schedule) if was_training else in_chunks
             whole = in_one_graph(subject, None)
     return {"sweep": (in_chunks, plain), "step": (still, whole)}

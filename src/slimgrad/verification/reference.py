@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from slimgrad.call.arguments import Call, Options
 from slimgrad.call.losses import IGNORED, cross_entropy_sum
 from slimgrad.call.program import LossFn
-from slimgrad.modes import in_eval_mode
+from slimgrad.modes import in_mode
 from slimgrad.states import raw_tensor
 from slimgrad.states.base import State
 from slimgrad.sweep import tree
@@ -223,7 +223,7 @@ def loss_that_is_no_sum(subject: Subject, chunk: int) -> list[str]:
 def draws_in_eval_mode(subject: Subject) -> list[str]:
     """A sentence if the model, or `loss_fn`, draws random numbers with every module in eval mode."""
     loss_fn = subject.loss_fn or _cross_entropy
-    with in_eval_mode(subject.model.modules()):
+    with in_mode(subject.model.modules(), training=False):
         for program, (inputs, targets) in zip(_programs(subject, None), sequences(subject), strict=True):
             with program.chunk_context(-1):
                 state = cast(Any, subject.model).initial_state(program.batch)

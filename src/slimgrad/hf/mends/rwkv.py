@@ -6,7 +6,7 @@ reads the state before the chunk and notes the one after it: what is read and wh
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ class RwkvStep(BaseStep):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cache_name, self.output_type = "state", RwkvOutput
+
+    def prepare(self) -> None:
+        """Its weights are divided by powers of two in eval mode, and multiplied again in training."""
+        cast(Any, self.base)._rescale_layers()
 
     def kinds(self) -> list[LayerKind]:
         config, weight = self.config, next(self.base.parameters())
