@@ -168,8 +168,7 @@ def joint_sentence(results: Row) -> str:
         "Memory: resident above what the process held before, gradients of the parameters included; in brackets the "
         "bytes of tensors alive, counted. Processor seconds: medians of rounds in which the methods of a case take "
         "turns, and the least and the most; ratios are medians of the rounds' own. The limit: FLOPs of plain "
-        "backpropagation at the rate of its own matrix products. In these rows, products that are added to a batch in "
-        "place (a part of linear attention) were not counted: FLOPs are a little low, times the limit a little high. "
+        "backpropagation at the rate of its own matrix products. "
     )
     if any("over_ours" in row for row in with_published(results)):
         words += "The published code's rows were measured by `python -m benchmarks.published FOLDER`, beside ours. "
