@@ -1,5 +1,5 @@
 # Two commands do everything: `make train` and `make test`. Both create .venv on first use.
-#   TORCH_INDEX=<address>  a PyTorch wheel index, e.g. the CPU one (see README, "Installing PyTorch without CUDA")
+#   TORCH_INDEX=<address>  a PyTorch wheel index, e.g. the CPU one (see README, "A machine without a GPU")
 PYTHON ?= python3
 VENV ?= .venv
 ifeq ($(OS),Windows_NT)

@@ -1,7 +1,8 @@
 """Modules that people have, as causal steps: torch's recurrent layers, its Transformer layer, the blocks of mambapy.
 
 An adapter takes a module that is already made, keeps it as its only child, and adds `initial_state(batch_size)` and
-`forward(inputs, state)`. Parameters stay the module's own, so optimisers and saved weights know them as before. Inputs
+`forward(inputs, state)`. Parameters stay the module's own, so optimisers know them as before; in a `state_dict` their
+names have the child's in front (`rnn.`, `layer.`, `model.`), so saved weights are loaded into the module itself. Inputs
 and outputs are `[batch, time, features]`, whatever layout the module itself prefers. Gradients equal those of the
 module run over the whole sequence at once; a setting for which they could not is refused by name.
 

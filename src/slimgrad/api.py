@@ -61,10 +61,12 @@ def backward(
             lengths that fit into a chunk go through together, padded, where nothing could tell (see `final_states`).
         targets: likewise; -100 is ignored. None: the next token, the last having no target.
         context: passed whole to every chunk as the model's third argument (images, an encoder's output).
-        chunk: tokens whose graph lives at once; a remainder of one token joins the chunk before it.
-        memory: in its place, what the process may hold, weights included: bytes, or text as "2GiB". The fastest plan
-            within it is chosen by measurements of this model, made when it is first called so. With neither, a sequence
-            of more than 4,096 tokens has what is free.
+        chunk: tokens whose graph lives at once; a remainder of one token joins the chunk before it. None, with neither
+            `memory` nor `plan`: up to 4,096 tokens are one chunk, that is, plain backpropagation, and a longer sequence
+            has the memory that is free.
+        memory: in its place, what the process may hold, weights included (on CUDA: what torch's allocator reserves):
+            bytes, or text as "2GiB". The fastest plan within it is chosen by measurements of this model, made when it
+            is first called so; on a CPU it is made anew where the process holds so much more that it would not fit.
         plan: in their place, a plan that was made before (`Result.plan`, `slimgrad.plan`).
         schedule: how the states before each chunk are found again; None chooses, and logs the choice.
         loss_fn: (outputs, targets) -> the sum over a chunk, or a dict with "loss" and additive metrics. Default:
@@ -75,8 +77,9 @@ def backward(
         final_state_grad: the gradient of the final state, from whoever goes on with it: the state's tree, with a
             tensor or None for each leaf.
         final_states: of a list, run each document by itself and keep the state after it. So it is anyway where `state`,
-            `context`, `loss_fn`, `on_chunk` or a budget is given, where an input is not a tensor of tokens, and where
-            rows of a batch are not independent of each other or something is drawn at random.
+            `context`, `loss_fn` or `on_chunk` is given, where a budget is given or taken (see `chunk`), where an input
+            is not a tensor of tokens, and where rows of a batch are not independent of each other or something is drawn
+            at random.
         on_chunk: called with an `Event` after every chunk.
         sink: by parameter name, a function that takes each chunk's gradient of it; nothing of it then reaches `.grad`.
             Whatever is linear in the gradient (a projection, a selection of columns) stays exact.
@@ -85,15 +88,20 @@ def backward(
         A `Result`.
 
     Raises:
-        InputError: an argument does not fit: before any work; what `loss_fn` returns: when it is first called.
+        InputError: an argument does not fit, or the budget cannot be met: before any work; what `loss_fn` returns: when
+            it is first called.
         ModelError: the model does not follow the protocol, or a gradient would be lost.
-        SweepError: the gradient would not be exact (StateMismatchError, NonFiniteError).
+        SweepError: the gradient would not be exact. StateMismatchError: a state was rebuilt with other bits.
+            NonFiniteError: a NaN or an infinity reached a `PrefixSum`. ConsumedError: inputs, weights, buffers or
+            context changed on the way. LossMismatchError: a loss did (of a tape that was given up).
         MemoryLimitError: a chunk does not fit into memory, and cannot be taken in parts (which is tried, and logged).
         StorageError: states that are kept on disk find no room, or are read back with other bytes.
         In each case `.grad` is as it was; what a sink took before stays taken.
 
-    Cost: plain backpropagation plus one forward pass without heads; memory of one chunk's graph, the kept states, the
-    gradients. Source: Algorithm 1, "Sub-Linear Memory: How to Make Performers SLiM".
+    Cost: plain backpropagation, and one forward pass more over all chunks but the last and those on the schedule's
+    tape; with `Every` and `Binomial` further ones. They leave out the output head where the model has `advance` and
+    nothing in it is compiled. Memory: the graph of one chunk and those on the tape, the kept states, the gradients.
+    Source: Algorithm 1, "Sub-Linear Memory: How to Make Performers SLiM".
 
     Example:
         >>> result = backward(model, tokens, chunk=1024)    # tokens: [1, 1_000_000]
@@ -145,7 +153,10 @@ def plan(
         A `Plan`: print it for its account and its reasons.
 
     Raises:
-        InputError: an argument does not fit, or the budget cannot be met: with the smallest that can.
+        InputError: an argument does not fit; the budget cannot be met: with the smallest that can; or there is none,
+            and the system does not say how much is free.
+
+    Cost: when the model is first used so, as much as a few thousand tokens forward and back; then next to nothing.
 
     Example:
         >>> print(plan(model, tokens, memory="1GiB"))
@@ -172,8 +183,18 @@ def evaluate(
 ) -> Result:
     """The loss alone, forward only, in memory of one chunk's activations without a graph.
 
-    Arguments and result as in `backward`; the gradients of the result are None. The model runs in the mode it is in:
-    call `model.eval()` first to turn dropout off.
+    The model runs in the mode it is in: call `model.eval()` first to turn dropout off. `torch.inference_mode` works.
+
+    Args:
+        model, inputs, targets, context, chunk, memory, plan, loss_fn, normalizer, state, final_states, on_chunk: as in
+            `backward`.
+
+    Returns:
+        A `Result`, whose gradients are None.
+
+    Raises: as `backward`, but for what compares two sweeps.
+
+    Cost: one forward pass with its heads; memory of one chunk and one state.
     """
     options = Options(context, DEFAULT_CHUNK, None, loss_fn or cross_entropy_sum, normalizer, state, on_chunk)
     request = Request(model, inputs, targets, options, head=True, differentiates=False)
@@ -202,10 +223,23 @@ def loss(
 ) -> Tensor:
     """The loss as a scalar tensor: its `.backward()` runs the reverse sweep, from whatever gradient comes in.
 
-    So loss scaling, gradient accumulation and further terms work as with any loss. The forward sweep runs the head,
-    which `backward` need not: this costs one more head per chunk. A second `.backward()` is refused, and so is one
-    after a parameter, an input or a state changed (ConsumedError), or where a chunk's loss comes out differently
-    (LossMismatchError). Arguments as in `backward`; gradients reach parameters, inputs, context and state.
+    So loss scaling, gradient accumulation and further terms work as with any loss. Under `torch.no_grad()` it is a
+    plain pass in chunks.
+
+    Args:
+        model, inputs, targets, context, chunk, memory, plan, schedule, loss_fn, normalizer, state, on_chunk: as in
+            `backward`.
+
+    Returns:
+        The summed loss over the normaliser, 0-d. Gradients reach parameters, inputs, context and state.
+
+    Raises:
+        As `backward`, here or from `.backward()`; there also
+        ConsumedError: it is the second one, or a parameter, an input or a state changed since the loss was computed.
+        LossMismatchError: a chunk's loss comes out differently.
+
+    Cost: as `backward`, and for the loss that is returned once more `loss_fn`, the last chunk, and the output head
+    where `advance` would leave it out.
     """
     refuse_unsynchronised(model, through_autograd=True)
     options = Options(context, DEFAULT_CHUNK, schedule, loss_fn or cross_entropy_sum, normalizer, state, on_chunk)
@@ -246,8 +280,14 @@ def token_loss(
 ) -> Tensor | list[Tensor]:
     """Every token's loss, `[batch, time]`, differentiable: for weights, preferences, means per document.
 
-    Zero where the target is ignored. `loss_fn` returns `[batch, time]` of its chunk. For a list of sequences, a list.
-    Otherwise as `loss`.
+    Args:
+        model, inputs, targets, context, chunk, memory, plan, schedule, state, on_chunk: as in `backward`.
+        loss_fn: (outputs, targets) -> `[batch, time]` of its chunk. Default: cross-entropy in nats.
+
+    Returns:
+        `[batch, time]`, by default zero where the target is ignored; for a list of sequences, a list of these.
+
+    Raises: as `loss`. Cost: as `loss`, and one number per token with its gradient.
     """
     refuse_unsynchronised(model, through_autograd=True)
     options = Options(context, DEFAULT_CHUNK, schedule, loss_fn or token_cross_entropy, 1, state, on_chunk)
@@ -287,6 +327,9 @@ def outputs(
 
     Raises:
         ModelError: an output is no tensor with a time axis, or comes in another shape or dtype in a later chunk.
+        Otherwise as `loss`.
+
+    Cost: as `loss`, and the outputs with their gradient.
 
     Example:
         >>> hidden = outputs(model, tokens, chunk=1024)    # tokens: [1, 1_000_000]
@@ -315,6 +358,9 @@ class Chunked(nn.Module):
     Args:
         model: a causal model.
         chunk, memory, plan, schedule, loss_fn: as in `backward`.
+
+    Raises:
+        ModelError: the model has no `initial_state`, or is itself wrapped or sharded.
     """
 
     def __init__(
@@ -342,7 +388,7 @@ class Chunked(nn.Module):
         normalizer: Normalizer = "targets",
         state: Any = None,
     ) -> Tensor:
-        """The loss, as `slimgrad.loss` returns it."""
+        """The loss, 0-d, as `slimgrad.loss` returns it; its arguments, errors and cost are that function's."""
         loss_fn = self.loss_fn or cross_entropy_sum
         options = Options(context, DEFAULT_CHUNK, self.schedule, loss_fn, normalizer, state, None)
         return _loss(self.model, inputs, targets, options, chunk=self.chunk, memory=self.memory, plan=self.plan)

@@ -9,7 +9,7 @@ Exception
     ├── SweepError(RuntimeError)     the sweep cannot go on and stay exact
     │   ├── StateMismatchError       a rebuilt state differs in bits from the one the forward sweep saw
     │   ├── LossMismatchError        a chunk's loss came out differently in the sweep that differentiates it
-    │   ├── NonFiniteError           a NaN or an infinity reached a state
+    │   ├── NonFiniteError           a NaN or an infinity reached a sum
     │   └── ConsumedError            a run that was already reversed, or whose parameters changed since
     └── RunError(RuntimeError)       a run cannot go on; what was there before is as it was
         ├── StorageError             a file (a snapshot, kept states) cannot be written, or read back as it was
@@ -49,7 +49,7 @@ class LossMismatchError(SweepError):
 
 
 class NonFiniteError(SweepError):
-    """A NaN or an infinity reached a state."""
+    """A NaN or an infinity reached a `PrefixSum`."""
 
 
 class ConsumedError(SweepError):

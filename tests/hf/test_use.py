@@ -169,7 +169,7 @@ def test_logits_by_key_say_why_they_are_not_there() -> None:
 
 
 def test_chunks_of_one_token_are_refused() -> None:
-    with pytest.raises(InputError, match="chunk=1: expected at least 2"):
+    with pytest.raises(InputError, match="chunk=1: expected a whole number, at least 2"):
         slimgrad.hf.enable(llama(), chunk=1)
 
 

@@ -21,10 +21,10 @@ class Plan:
         schedule: how states are found again; with its tape, and where kept states lie.
         memory: the budget: bytes that the process may hold, weights included.
         account: predicted bytes by what they are for. Their sum is the predicted peak.
-        seconds: predicted for one gradient over `length` tokens.
+        seconds: predicted for one gradient over `length` tokens, on the machine where chunks were timed.
         length: tokens of the sequence (of all, where there are several) that it was made for.
         reasons: in words, one for each choice.
-        malloc: what it does with large blocks; a command sets it so.
+        malloc: what it does with large blocks, "default", "returned" or "kept" (on CUDA ""); a command sets it so.
     """
 
     chunk: int

@@ -1,8 +1,8 @@
 """A plan for a call: what the public functions ask for, and what they remember between calls.
 
 What was measured of a model is kept with it, by all that it depends on (see `use_of`), so that later calls, over other
-lengths or within other budgets, measure nothing. A plan is kept too, and made anew where the process holds so much more
-than when it was made (an optimiser's moments) that it would not fit.
+lengths or within other budgets, measure nothing. A plan is kept too; on a CPU it is made anew where the process holds
+so much more than when it was made (an optimiser's moments) that it would not fit.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def make_plan(request: Request, memory: int | str | None) -> Plan:
         memory: bytes, or text as "2GiB"; None: what the process holds and nine tenths of what is free.
 
     Raises:
-        InputError: an argument does not fit; or the budget is too small: the smallest that would do.
+        InputError: an argument does not fit; the budget is too small: the smallest that would do; or there is none, and
+            the system does not say how much is free.
 
     Cost: when a model is first used so, 4 chunks of 16, 64, 128 and 256 tokens, forward and back three times, and two
     of the chosen size where that is little of the whole; with rows, some more. Later calls like it: next to nothing.

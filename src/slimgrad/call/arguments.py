@@ -66,11 +66,11 @@ class Result:
     `final_states=True` keeps them.
 
     Attributes:
-        loss: summed loss over the normaliser, a 0-d tensor without a graph.
+        loss: summed loss over the normaliser, a 0-d tensor without a graph; by default in nats per target.
         num_targets: targets that are not ignored, over all sequences.
-        metrics: the sums of what `loss_fn` returned beside "loss".
+        metrics: by name, the sums of what `loss_fn` returned beside "loss"; over no normaliser.
         schedule: the schedule that was used.
-        plan: what the budget bought, where one was stated (or nothing at all).
+        plan: what the budget bought; None where `chunk` was named, or one chunk was enough.
         final_state: the state after the last token, without a graph; hand it to the next call.
         initial_state_grad: the gradient of the initial state: its tree, with a tensor (or None: zero) for each leaf.
         input_grads: the gradient of the inputs that require one, in the inputs' tree; None elsewhere.

@@ -52,17 +52,21 @@ class Segment:
 
     Args:
         model, inputs, targets, context, chunk, memory, plan, schedule, loss_fn, state, on_chunk, sink: as in
-            `backward`; the inputs are one sequence. To save on the way, call `save` from `on_chunk`, which may be a
-            method of the caller's, or set `segment.on_chunk` later.
+            `backward`; the inputs are one sequence. In the place of a normaliser and the final state's gradient are the
+            arguments of `reverse`. To save on the way, call `save` from `on_chunk`, which may be a method of the
+            caller's, or set `segment.on_chunk` later.
         final_state: whether `forward` gives the state after the last token. False: it gives None, and the last chunk is
             not run forward for it.
 
     Attributes:
         on_chunk: called with an `Event` after every chunk, or None.
 
-    Cost: as `backward`, which does not run the last chunk forward first (nor does this without `final_state`). Between
-    the calls a segment holds what its schedule keeps, and the gradients gathered so far; `.grad` is touched at the end
-    of `reverse` only.
+    Raises:
+        InputError: as `backward`; or the inputs are a list.
+        ModelError: as `backward`.
+
+    Cost: as `backward`, and with `final_state` the last chunk once more. Between the calls a segment holds what its
+    schedule keeps, and the gradients gathered so far; `.grad` is touched at the end of `reverse` only.
     """
 
     def __init__(
@@ -117,6 +121,9 @@ class Segment:
 
         Returns:
             The state after the last token, without a graph; None where none was asked for.
+
+        Raises:
+            As `backward`; ConsumedError: also when `reverse` is done.
         """
         if self.phase == "closed":
             raise ConsumedError("this segment is done; make a new one for another gradient")

@@ -56,9 +56,12 @@ class Reader(Protocol):
         ...
 
     def read(self, start: int, stop: int) -> tree.Tree:
-        """Tokens `start` up to, not including, `stop`: a tensor `[batch, stop - start, ...]`, or a pytree of them.
+        """Tokens `start` up to, not including, `stop`; 0 <= start < stop <= length.
 
-        On any device. Tree, dtypes and trailing axes are those of the first read each time.
+        Returns:
+            A tensor `[batch, stop - start, ...]`, or a pytree of them, on any device, without gradients. Tree, dtypes
+            and trailing axes are those of the first read each time; else the call raises `InputError`, and for other
+            values of a span that was read before `ConsumedError`.
         """
         ...
 

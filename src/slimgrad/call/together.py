@@ -60,8 +60,8 @@ def join(model: nn.Module, inputs: Any, targets: Any, options: Options, *, apart
     """The documents of a list side by side, or what was given, where they go alone.
 
     They go alone where that is asked for (`apart`), and where anything could tell: where a state, a context, a loss of
-    the caller's own, `on_chunk` or a budget was given, where an input is no tensor of tokens, or where rows of a batch
-    are not independent.
+    the caller's own or `on_chunk` was given, where a budget was given or taken, where an input is no tensor of tokens,
+    or where rows of a batch are not independent.
     """
     found = None if apart else _batches(model, inputs, targets, options)
     return Joined(inputs, targets) if found is None else found

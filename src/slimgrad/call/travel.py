@@ -30,12 +30,18 @@ def send_state(state: Any, to: int, group: dist.ProcessGroup | None = None) -> i
     """Send a state, or the gradient of one, to the process of rank `to`, which calls `receive_state`.
 
     Args:
-        state: a pytree of tensors, `PrefixSum`, `Growing`, plain values.
+        state: a pytree of tensors, `PrefixSum`, `Growing`, plain values. Its tensors are on a device that the group's
+            backend sends from.
         to: the other's rank.
         group: of processes; None is all of them.
 
     Returns:
         Bytes of the tensors sent.
+
+    Raises:
+        What `torch.distributed` raises: no process group, a process that is gone.
+
+    Cost: blocks as `torch.distributed.send` does. Beside the tensors travel their shapes and the plain values, pickled.
     """
     tensors: list[Tensor] = []
 
@@ -60,7 +66,15 @@ def receive_state(source: int, group: dist.ProcessGroup | None = None, device: t
     Args:
         source: the other's rank. What it sends is unpickled: talk to processes that you trust.
         group: of processes; None is all of them.
-        device: where the tensors are wanted; None is the CPU.
+        device: where the tensors are wanted; None is the CPU. NCCL receives on a GPU alone.
+
+    Returns:
+        The state, or the gradient of one: the same tree, its tensors without a graph.
+
+    Raises:
+        What `torch.distributed` raises: no process group, a process that is gone.
+
+    Cost: waits until all has come.
     """
     received: list[Any] = [None]
     dist.recv_object_list(received, src=source, group=group)

@@ -385,7 +385,10 @@ def reproduce(
     quick: Annotated[bool, typer.Option(help="All of it in small, in minutes, on what Python carries.")] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="For rows and report; one begun before goes on.", show_default="runs/reproduce"),
+        typer.Option(
+            help="For rows and report; one begun before goes on.",
+            show_default="runs/reproduce, or runs/reproduce-quick",
+        ),
     ] = None,
     data_dir: DataDir = None,
 ) -> None:

@@ -8,7 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 Sink = Callable[[Tensor], None]
-"""Takes each chunk's gradient of one parameter. Whatever is linear in it stays exact."""
+"""Takes each chunk's gradient of one parameter, in its shape and dtype, on its device. Whatever is linear in it stays
+exact; what it took stays taken when the call fails."""
 
 
 @runtime_checkable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,8 @@ from slimgrad.hf.instance import InstanceForward, is_bare
 from slimgrad.hf.put_on import made_of
 from slimgrad.hf.smoke import head_agrees, is_elsewhere
 from slimgrad.states.values import is_plain_value
+
+logger = logging.getLogger("slimgrad")
 
 
 class CausalForward(InstanceForward):
@@ -108,24 +111,20 @@ class CausalForward(InstanceForward):
         made = made_of(outside) | {id(f): f for f in [type(self.module).forward]}
         if self.looked_at is None or made.keys() - self.looked_at[0].keys() or own != self.looked_at[1]:
             self.looked_at = made, own
+            reason = "its loss or its logits are others in one piece than in several"
             try:
                 self.agrees = head_agrees(
                     self.base.module,
                     cast(Any, self.module).get_output_embeddings(),
-                    self._whole_loss,
+                    lambda hidden, labels: self._around(hidden, labels=labels).loss,
                     lambda hidden, labels: self._mean(hidden, self._targets(labels)),
                     self.logits_of,
                 )
-            except Exception:  # noqa: BLE001  # a head that cannot be taken so is taken whole
-                self.agrees = False
+            except Exception as error:  # noqa: BLE001  # a head that cannot be taken so is taken whole
+                self.agrees, reason = False, f"{type(error).__name__}: {error}"
+            if not self.agrees:
+                logger.info("%s: the head is taken whole (%s)", type(self.module).__name__, reason)
         return self.agrees
-
-    def _whole_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        self.base.handed_out = hidden
-        try:
-            return self.original(inputs_embeds=hidden, labels=labels, use_cache=False).loss
-        finally:
-            self.base.handed_out = None
 
     def _summed(self, hidden: Tensor, targets: Tensor) -> Tensor:
         head = cast(Any, self.module).get_output_embeddings()
@@ -143,9 +142,16 @@ class CausalForward(InstanceForward):
         return self.certificate.head == "linear" and type(head) is nn.Linear and is_bare(head)
 
     def logits_of(self, hidden: Tensor) -> Tensor:
-        """The model's own head: its forward around a base that hands out `hidden` `[batch, time, width]`."""
+        """The model's own head, of hidden states `[batch, time, width]`."""
+        return self._around(hidden).logits
+
+    def _around(self, hidden: Tensor, **given: Any) -> Any:
+        """The model's own forward around a base that hands out `hidden`, whatever it is given."""
         self.base.handed_out = hidden
         try:
-            return self.original(inputs_embeds=hidden, use_cache=False).logits
+            if "inputs_embeds" in self.__signature__.parameters:
+                return self.original(inputs_embeds=hidden, use_cache=False, **given)
+            tokens = hidden.new_zeros(hidden.shape[:2], dtype=torch.long)
+            return self.original(input_ids=tokens, use_cache=False, **given)
         finally:
             self.base.handed_out = None

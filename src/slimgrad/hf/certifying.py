@@ -127,12 +127,12 @@ def _is_patched(kind: type[Any]) -> bool:
 
 
 def _is_known(code: Any) -> bool:
-    """Whether a function or a class is of torch, transformers or Python."""
+    """Whether a function or a class is of Python, of torch, or of transformers and what it imports."""
     module = (code.__module__ or "").split(".")[0]
     file = code.__code__.co_filename if inspect.isfunction(code) else getattr(sys.modules.get(module), "__file__", "")
     packages = [str(Path(str(one.__file__)).parent) for one in (torch, transformers)]
     homes = (*packages, str(dataclasses.__file__), "<string>")
-    return module in sys.stdlib_module_names or (file or "").startswith(homes)
+    return module in ("accelerate", *sys.stdlib_module_names) or (file or "").startswith(homes)
 
 
 def _read(place: Path) -> Certificate | None:

@@ -34,8 +34,8 @@ def enable(
         chunk: tokens whose graph lives at once.
         memory: in its place, what the process may hold, weights included (on a GPU: what torch's allocator reserves):
             bytes, or text as "8GiB". The fastest plan within it is chosen by measurements, made at the first batch, and
-            anew where the process has come to hold more (an optimiser's moments). With neither, sequences of more than
-            4,096 tokens have what is free.
+            on a CPU anew where the process has come to hold more (an optimiser's moments). With neither, sequences of
+            more than 4,096 tokens have what is free.
         schedule: how states are found again (see docs/schedules.md); `Rebuild(rows="host")` keeps keys and values in
             host memory.
         certificate: of `certify`; None: looked up, or made in about two seconds.

@@ -27,6 +27,7 @@ from slimgrad.hf.attention import attending, configs_of, is_transformers_own
 from slimgrad.hf.batch import padding_token
 from slimgrad.hf.configured import refuse_layers_unlike
 from slimgrad.hf.draws import ConstantDraws
+from slimgrad.hf.head import LogitsOf
 from slimgrad.hf.put_on import nothing_captured
 from slimgrad.hf.rope import depends_on_length
 from slimgrad.hf.step import BaseStep
@@ -91,9 +92,7 @@ def is_elsewhere(x: Tensor) -> bool:
     return x.device.type == "meta" or hasattr(x, "device_mesh")
 
 
-def head_agrees(
-    base: nn.Module, head: Any, whole: LossOf, pieces: LossOf, logits_of: Callable[[Tensor], Tensor]
-) -> bool:
+def head_agrees(base: nn.Module, head: Any, whole: LossOf, pieces: LossOf, logits_of: LogitsOf) -> bool:
     """Whether the head in pieces gives the model's own loss, and its logits do not look across tokens.
 
     What the loss depends on beside the configuration (a subclass' attribute, a hook on the head, a replaced head) shows
@@ -120,13 +119,15 @@ def head_agrees(
     labels = torch.arange(rows * time, device=weight.device).view(rows, time) % config.vocab_size
     with as_it_was(base), seeded(0, weight.device), ConstantDraws():
         with torch.no_grad():
-            own, logits = whole(hidden, labels).item(), logits_of(hidden)
+            own, logits = whole(hidden, labels), logits_of(hidden)
             parts = torch.cat([logits_of(x) for x in hidden.split(time // 2 + 1, 1)], 1)
         with torch.enable_grad():  # with a graph, in which a gradient that would be lost is found
-            found = pieces(hidden.requires_grad_(), labels).item()
+            found = pieces(hidden.requires_grad_(), labels)
     is_wide = logits.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(weight.device.type)
     close = _HEAD_CLOSE if is_wide else _HEAD_CLOSE_IN_16_BITS
-    return abs(found - own) <= close * abs(own) and _distance(parts, logits) <= _floor(logits.dtype)
+    if own.dtype in _FLOORS:  # a loss of the class' own that is summed in 16 bits
+        close = _floor(own.dtype)
+    return _distance(found, own) <= close and _distance(parts, logits) <= _floor(logits.dtype)
 
 
 def _floor(dtype: torch.dtype) -> float:

@@ -28,6 +28,9 @@ class Growing(State):
 
     Args:
         value: the rows so far, `[batch, time, ...]`; usually `time` = 0.
+
+    Raises:
+        ModelError: a value with fewer than two axes.
     """
 
     __slots__ = ()
@@ -46,7 +49,14 @@ class Growing(State):
 
         Returns:
             The rows, `[batch, so far + new, ...]` or the last of them, and the state that follows. Gradients flow
-            through both.
+            through both. Within a sweep the rows are its own memory: they may not be written to.
+
+        Raises:
+            ModelError: rows of another shape, or complex ones to a real state; `last` below the number of new rows;
+                within a sweep, the second call in a chunk.
+
+        Cost: within a sweep a copy of the new rows, and where rows do not lie on the device one of all that are wanted;
+        outside of a sweep a copy of all.
         """
         expected, got = self._value.shape, rows.shape
         if expected[:1] + expected[2:] != got[:1] + got[2:]:

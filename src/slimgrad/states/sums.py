@@ -27,7 +27,12 @@ class PrefixSum(State):
 
     Args:
         value: the sum so far, any shape, of floating, complex or integer numbers, usually zeros. Integer sums are exact
-            counters (positions). Booleans are refused: their sum is an "or", which cannot be subtracted.
+            counters (positions).
+
+    Raises:
+        ModelError: booleans, whose sum is an "or", which cannot be subtracted.
+
+    Cost: in a sweep 10 bytes per element (float64: 16), and what `accumulator` says; integers their own.
     """
 
     __slots__ = ()
@@ -47,8 +52,14 @@ class PrefixSum(State):
             delta: the chunk's own contribution, of the sum's shape (or one that broadcasts to it).
 
         Returns:
-            The sum before the chunk, and the state that follows. Gradients flow through both. Within a sweep the value
-            of the latter waits for the device where it is read.
+            The sum before the chunk, of its shape and dtype, and the state that follows. Gradients flow through both.
+            Within a sweep the value of the latter waits for the device where it is read.
+
+        Raises:
+            ModelError: within a sweep, the second call in a chunk; or a complex contribution to a real sum.
+            NonFiniteError: within a sweep, a NaN or an infinity.
+
+        Cost: an addition; within a sweep about ten passes over the sum.
         """
         refuse_half_a_number("PrefixSum.advance", delta, self._value.dtype)
         if delta.shape != self._value.shape:

@@ -103,7 +103,7 @@ class Event:
         start: the chunk's first token.
         stop: the token after its last.
         length: of the sequence, in tokens.
-        loss: the chunk's summed loss, where it was computed.
+        loss: the chunk's summed loss, over no normaliser; None where it was not computed.
         held_bytes: what the sweep holds now: kept states, live state, adjoint (not the gradients, not the graph).
         adjoint_norm: in the reverse sweep, the norm of the gradient with respect to the state before the chunk: how
             far back memory reaches.

@@ -131,7 +131,7 @@ def verify(
     loss_fn: LossFn | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Report:
-    """Compare the chunked gradient of every parameter, floating input and initial state with plain backpropagation.
+    """Compare the gradients of parameters, floating inputs, context and initial state with plain backpropagation's.
 
     Works on a copy of the model in `dtype`, with inputs, targets, context and the tensors that `loss_fn` holds cast
     along. A model that cannot be copied, or whose copy does not run in `dtype`, is verified in place and in its own
@@ -147,6 +147,7 @@ def verify(
         A `Report` that says which check failed, where, by how much.
 
     Raises:
+        InputError: inputs or targets are a reader.
         Whatever `slimgrad.backward` raises for this model: what it refuses cannot be compared.
 
     Cost: up to five gradients, two of them plain: memory linear in the sequence. Take one of a few chunks.

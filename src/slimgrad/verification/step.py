@@ -112,6 +112,9 @@ def verify_step(
     Returns:
         A `StepReport` that says what is wrong, and with which leaf of the state.
 
+    Raises:
+        InputError: inputs or outputs without `[batch, time]`, or too few inputs for two calls.
+
     Cost: about a dozen calls over the inputs, with their graphs; take a few dozen inputs.
 
     Example:

@@ -53,7 +53,7 @@ class Schedule(ABC):
 
     `store` is where kept states lie: "device" (beside the state), "host" (main memory), "disk" (a temporary file) or a
     `Path` (a folder for that file). `rows` says the same of the rows of `Growing`; elsewhere than on the device they
-    are copied to it chunk by chunk.
+    are copied to it chunk by chunk. Anything else is an `InputError`.
 
     `tape` is how many chunks, the last ones, keep their graphs from the first sweep to the second, where they are then
     not run again. That takes the memory of as many graphs, and saves the time of as many forward passes. What comes

@@ -16,6 +16,11 @@ class Binomial(Schedule):
 
     Memory: `slots` states, whatever the length. Extra compute: the least possible; with t the smallest number for which
     C(slots + t, slots) >= N, no chunk is advanced more than t times. Exact for any state.
+
+    Args:
+        slots: states kept at most, 1 or more; else an `InputError`.
+        store, rows, tape: see `Schedule`.
+
     Source: Griewank & Walther, "Algorithm 799: revolve", ACM TOMS 26(1), 2000.
     """
 

@@ -15,6 +15,11 @@ class Every(Schedule):
 
     Memory: ceil(N/k) + k - 2 states at most; least, about 2 sqrt(N), at k = sqrt(N). Extra compute: every chunk is
     advanced once more, except each segment's last and all of the final segment. Exact for any state.
+
+    Args:
+        k: chunks from one kept state to the next, 1 or more; else an `InputError`.
+        store, rows, tape: see `Schedule`.
+
     Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, along time instead of depth.
     """
 

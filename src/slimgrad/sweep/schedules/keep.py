@@ -13,6 +13,10 @@ class Keep(Schedule):
     """Keep the state before every chunk.
 
     Memory: N - 1 states. Extra compute: none beyond the first sweep. Exact in every bit for any state.
+
+    Args:
+        store, rows, tape: see `Schedule`.
+
     Source: plain checkpointing along time; Algorithm 1 without its subtraction.
     """
 
@@ -44,6 +48,9 @@ class Rebuild(Keep):
     Memory: one state, whatever the length, where the model has only sums (O(1), Algorithm 1 of the paper); plus N - 1
     copies of its plain tensors where it has any. Extra compute: none beyond the first sweep. Exact in every bit: sums
     are integers (see `accumulator`), so subtraction undoes addition.
+
+    Args:
+        store, rows, tape: see `Schedule`.
     """
 
     rolls_back = True
