@@ -157,6 +157,14 @@ def _refuse_attention(layer: object) -> None:
             f"TransformerLayer: expected torch.nn.MultiheadAttention in self_attn, got {type(attention).__name__}. "
             "Write its step over a Growing in a forward of your own"
         )
+    own = nn.TransformerEncoderLayer
+    replaced = [n for n in ("forward", "_sa_block", "_ff_block") if getattr(layer, n).__func__ is not getattr(own, n)]
+    if replaced:
+        raise InputError(
+            f"TransformerLayer: {type(layer).__name__} has its own {', '.join(replaced)}, which the adapter does not "
+            "call: what it does would be left out, in training mode perhaps alone. Expected torch's; or write its step "
+            "over a Growing in a forward of your own"
+        )
     _refuse_hooks("TransformerLayer", layer, attention)
     width = attention.embed_dim
     settings = {

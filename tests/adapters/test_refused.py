@@ -62,7 +62,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a subclass": (
         lambda: sg.adapters.TransformerLayer(Slower(FEATURES, 2, 11, batch_first=True)),
-        "TransformerLayer: the module computes something else",
+        "TransformerLayer: Slower has its own _ff_block, which the adapter does not call",
     ),
     "a hook": (
         lambda: sg.adapters.TransformerLayer(hooked(nn.TransformerEncoderLayer(FEATURES, 2, 11))),

@@ -47,6 +47,13 @@ MEANS: dict[str, tuple[Loss, Any]] = {
     "in a dict": (lambda y, t: {"loss": F.mse_loss(y, t)}, VALUES),
     "a spread": (lambda y, t: (y - y.mean(1, keepdim=True)).square().sum(), VALUES),
     "neighbours": (lambda y, t: (y[:, 1:] - y[:, :-1]).square().sum(), VALUES),
+    "the last step": (lambda y, t: errors(y[:, -1], t[:, -1]).sum(), VALUES),
+    "without the first": (lambda y, t: errors(y, t)[:, 3:].sum(), VALUES),
+    "shifted": (lambda y, t: errors(y[:, :-1], t[:, 1:]).sum(), VALUES),
+    "shifted labels": (lambda y, t: F.cross_entropy(y[:, :-1].flatten(0, 1), t[:, 1:].flatten()), LABELS),
+    "discounted": (lambda y, t: (errors(y, t) * 0.9 ** torch.arange(y.shape[1])[:, None]).sum(), VALUES),
+    "a temporal difference": (lambda y, t: (y[:, :-1] - t[:, :-1] - 0.9 * y[:, 1:]).square().sum(), VALUES),
+    "added up along time": (lambda y, t: errors(y, t).cumsum(1).sum(), VALUES),
 }
 
 
@@ -195,6 +202,20 @@ def test_a_chunk_in_which_nothing_counts_leaves_the_question_open(model: nn.Modu
     mean = lambda y, t: F.cross_entropy(y.transpose(1, 2), t, reduction="sum") / (t != -100).sum().clamp(min=1)  # noqa: E731
     with pytest.raises(sg.InputError, match="the mean over its chunk"):
         sg.backward(model, TOKENS, labels, chunk=9, loss_fn=mean)
+
+
+ALONG_TIME: dict[str, Loss] = {
+    "a temporal difference": lambda y, t: (y - t - 0.9 * F.pad(y[:, 1:], (0, 0, 0, 1))).square().sum(-1),
+    "over its mean": lambda y, t: errors(y, t).sum(-1) / errors(y, t).mean().detach(),
+}
+
+
+@pytest.mark.parametrize("name", ALONG_TIME)
+def test_losses_of_tokens_that_look_along_time_are_refused(model: nn.Module, name: str) -> None:
+    with pytest.raises(sg.InputError, match="loss_fn of tokens 0 to 8 looks along time"):
+        sg.token_loss(model, TOKENS, VALUES, chunk=9, loss_fn=ALONG_TIME[name])
+    losses = sg.token_loss(model, TOKENS, VALUES, chunk=9, loss_fn=lambda y, t: errors(y, t).sum(-1))
+    assert losses.shape == (2, 40)
 
 
 @pytest.mark.parametrize("chunk", [8, 9])

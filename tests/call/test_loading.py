@@ -72,14 +72,21 @@ def test_of_many_differences_ten_are_shown(tmp_path: Path) -> None:
         sg.Segment.load(tmp_path, built("a mix"), TOKENS)
 
 
-def test_a_model_whose_first_state_is_another(tmp_path: Path) -> None:
-    """The same weights, and a number that is neither a parameter nor a buffer."""
+@pytest.mark.parametrize("kind", ["a number", "in a list", "a class"])
+def test_a_model_that_is_another_with_the_same_weights(tmp_path: Path, kind: str) -> None:
+    """What is neither a parameter nor a buffer: an attribute, the first state, the class."""
 
     class Begins(GatedRecurrence):
-        begin = 0.0
+        def __init__(self) -> None:
+            super().__init__()
+            self.begin = [0.0] if kind == "in a list" else 0.0
 
         def initial_state(self, batch_size: int) -> dict[str, Tensor]:
-            return super().initial_state(batch_size) | {"h": self.start.expand(batch_size, -1) + self.begin}
+            begin = self.begin[0] if isinstance(self.begin, list) else self.begin
+            return super().initial_state(batch_size) | {"h": self.start.expand(batch_size, -1) + begin}
+
+    class Other(Begins):
+        pass
 
     def make() -> Begins:
         torch.manual_seed(3)
@@ -88,9 +95,16 @@ def test_a_model_whose_first_state_is_another(tmp_path: Path) -> None:
     one = sg.Segment(make(), TOKENS, chunk=CHUNK)
     one.forward()
     one.save(tmp_path)
-    model = make()
-    model.begin = 1e-9
-    with pytest.raises(sg.InputError, match=r"the model makes another initial state .* \(\['h'\]\)"):
+    model = Other().double() if kind == "a class" else make()
+    model.load_state_dict(make().state_dict())
+    message = r"the model makes another initial state .* \(\['h'\]\)"
+    if kind == "in a list":
+        model.begin = [1e-9]
+    elif kind == "a number":
+        model.begin, message = 1e-9, "attribute begin: 0.0, now 1e-09"
+    else:
+        message = r"module \(the model\): .*Begins, now .*Other"
+    with pytest.raises(sg.InputError, match=message):
         sg.Segment.load(tmp_path, model, TOKENS)
 
 

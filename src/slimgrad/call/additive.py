@@ -2,8 +2,10 @@
 
 A mean can be written in more ways than a graph shows (a masked sum over a count, a root, a layout `[batch, classes,
 time]`), and a sum in ways that look like a mean. So the loss of a few tokens is compared with what it gives for the
-same tokens twice over, and for their two halves: a sum doubles, and its halves add up. Metrics are looked at as well:
-one whose shape grows with the tokens has a time axis, and chunks of it do not add up.
+same tokens twice over, for their two halves, and in reverse order: a sum doubles, its halves add up, and it knows no
+order (a last step, a difference of neighbours, a weight by position in the chunk do). Losses per token are those of
+each half, and of the reverse order. Metrics are looked at as well: one whose shape grows with the tokens has a time
+axis, and chunks of it do not add up.
 
 The tokens are copies, in float64 where the loss takes it; the generators are put back. What cannot be asked so (a loss
 that draws at random or counts its calls, outputs without a time axis, no token that counts) is judged by its graph.
@@ -23,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slimgrad.call.losses import cross_entropy_sum, is_counted, is_mean_over_time
+from slimgrad.call.losses import cross_entropy_sum, is_counted, is_mean_over_time, token_cross_entropy
 from slimgrad.errors import InputError
 from slimgrad.sweep import tree
 from slimgrad.sweep.cut import Span
@@ -35,6 +37,7 @@ _ELEMENTS = 1 << 20  # of outputs and targets, in all
 # 64 tokens: in float64 at most 5e-16, where the loss casts to float32 3e-7 (8e-6 if signs cancel), to bfloat16 0.015
 _OFF, _OFF_NARROW = 1e-5, 0.1
 _NOISE = 100  # times what another order of the tokens changes; measured: rounding is 3 times that at most
+_ORDER = 1e-3  # over the largest of the losses: more is no rounding of another order (narrow: `_OFF_NARROW`)
 
 
 class _Asked(NamedTuple):
@@ -68,7 +71,7 @@ class SumCheck:
     def __init__(
         self, loss_fn: Callable[..., Any] | None, devices: Sequence[torch.device], *, by_targets: bool
     ) -> None:
-        ours = loss_fn is None or loss_fn is cross_entropy_sum
+        ours = loss_fn in (None, cross_entropy_sum, token_cross_entropy)
         self.settled = ours or hasattr(loss_fn, "slimgrad_compared_anyway")
         self.chunks = 1
         self._loss_fn, self._devices, self._by_targets = loss_fn, devices, by_targets
@@ -99,7 +102,7 @@ class SumCheck:
         elif is_mean_over_time(_loss(result), batch, span):
             raise _refusal(None, chunks)
 
-    def _ask(self, outputs: Any, targets: Any, batch: int, span: Span) -> _Asked | None:
+    def _ask(self, outputs: Any, targets: Any, batch: int, span: Span, *, per_token: bool = False) -> _Asked | None:
         time = span.stop - span.start
         leaves, spec = tree.flatten((outputs, targets))
         held = [_held(leaf) for leaf in leaves]
@@ -108,8 +111,8 @@ class SumCheck:
         if not plain or not tensors or any(x.shape[:2] != (batch, time) for x in tensors):
             self._can_ask = False
             return None
-        per_token = sum(x.numel() for x in tensors) // time
-        tokens = _chosen(tensors_within(targets), time, _ELEMENTS // max(per_token, 1), tensors[0].device)
+        numbers = max(sum(x.numel() for x in tensors) // time, 1)  # of a token
+        tokens = _chosen(tensors_within(targets), time, _ELEMENTS // numbers, tensors[0].device)
 
         def asked(wide: bool) -> _Asked | None:
             def loss_of(index: Tensor) -> Any:
@@ -117,7 +120,7 @@ class SumCheck:
                 assert self._loss_fn is not None
                 return self._loss_fn(*tree.unflatten(given, spec))
 
-            return self._compare(loss_of, tokens)
+            return self._compare_per_token(loss_of, tokens) if per_token else self._compare(loss_of, tokens)
 
         device = tensors[0].device.type
         for wide in (True, False) if device != "mps" else (False,):
@@ -153,10 +156,49 @@ class SumCheck:
         off, scale = abs(twice - 2 * once), max(map(abs, [once, twice, *parts]))
         if parts and scale < float("inf"):
             off = max(off, abs(sum(parts) - once))
-        wide = losses[0].dtype in (torch.float64, torch.float32)
-        wide = wide and not torch.is_autocast_enabled(losses[0].device.type)
-        allowed = max((_OFF if wide else _OFF_NARROW) * scale, _NOISE * abs(flipped - once))
-        return _Asked(once, twice, not off > allowed, growing)  # of a NaN among the halves nothing follows
+        least, most = _tolerances(losses[0])
+        noise = abs(flipped - once)
+        allowed = max(least * scale, min(_NOISE * noise, most * scale))
+        adds_up = not off > allowed and not noise > most * scale  # of a NaN among the halves nothing follows
+        return _Asked(once, twice, adds_up, growing)
+
+    def require_per_token(self, outputs: Any, targets: Any, batch: int, span: Span) -> None:
+        """Raise InputError where the losses of tokens depend on the tokens beside them.
+
+        Args:
+            outputs, targets: what they are computed from.
+            batch, span: of the chunk.
+        """
+        if span.stop - span.start == 1 or not self._can_ask:
+            return
+        self.settled = True
+        asked = self._ask(outputs, targets, batch, span, per_token=True)
+        if asked is not None and asked.adds_up is False:
+            raise InputError(
+                f"loss_fn of {span} looks along time: a token's loss is another when the tokens beside it are others "
+                "(a difference of neighbours, a norm over the chunk), so that it would depend on where chunks are cut. "
+                "Expected the loss of each token from its own output and target; for others use slimgrad.outputs"
+            )
+
+    def _compare_per_token(self, loss_of: Callable[[Tensor], Any], tokens: Tensor) -> _Asked | None:
+        """None where the losses are others at each call."""
+        half = len(tokens) // 2
+        if not half:
+            return None
+        first, again = (loss_of(tokens).detach().double() for _ in range(2))
+        flipped = loss_of(tokens.flip(0)).detach().double().flip(1)
+        parts = torch.cat([loss_of(part).detach().double() for part in (tokens[:half], tokens[half:])], 1)
+        if not torch.equal(first, again) or not bool(first.isfinite().all()):
+            return None
+        off = max(float((x - first).abs().max()) for x in (flipped, parts))
+        scale, most = float(first.abs().max()), _tolerances(loss_of(tokens))[1]
+        return _Asked(scale, scale, not off > most * scale, None)
+
+
+def _tolerances(loss: Tensor) -> tuple[float, float]:
+    """What rounding may make of a sum, and of another order of it, over the loss."""
+    wide = loss.dtype in (torch.float64, torch.float32) and not torch.is_autocast_enabled(loss.device.type)
+    return (_OFF, _ORDER) if wide else (_OFF_NARROW, _OFF_NARROW)
 
 
 def _chosen(targets: Sequence[Tensor], time: int, most: int, device: torch.device) -> Tensor:
@@ -240,7 +282,8 @@ def _refusal(asked: _Asked | None, chunks: int) -> InputError:
         )
     return InputError(
         f"loss_fn does not add up over tokens: of a few tokens it gives {asked.once:.6g}, of the same ones twice over "
-        f"{asked.twice:.6g}, or of their halves something else; expected a sum over tokens, so that {whole} "
+        f"{asked.twice:.6g}, or of their halves, or in another order, something else; expected a sum over tokens, each "
+        f"from its own output and target, so that {whole} "
         f"(normalizer=). {instead}; what is no sum over tokens is added outside, to slimgrad.loss, or computed from "
         "slimgrad.outputs"
     )

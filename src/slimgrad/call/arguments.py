@@ -286,7 +286,7 @@ class Call:
         return state, made
 
     def _choose_schedule(self, state: Any) -> tuple[Schedule, str]:
-        plain_bytes = sum(leaf.nbytes for leaf in tree.tensors(state))
+        plain_bytes = sum(leaf.numel() * leaf.element_size() for leaf in tree.tensors(state))
         state_bytes = sum(leaf.kept_bytes() for leaf in tree.leaves(state) if isinstance(leaf, State))
         return choose_schedule(plain_bytes, state_bytes, max(len(one.cut) for one in self.sequences))
 

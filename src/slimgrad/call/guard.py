@@ -82,7 +82,7 @@ class Guard:
             raise ModelError(
                 f"the model wrote to its buffers while it ran: {', '.join(changed)}. Each chunk runs twice, so the "
                 "second run would see other values and the gradient would not be exact. Put such layers in eval mode "
-                "(batch normalisation), or carry what they update in the state"
+                "(batch normalisation; of a spectral norm its parametrisation), or carry what they update in the state"
             )
         after = self._weights(first)
         if weights != after:
@@ -132,7 +132,7 @@ def _begins_with(present: Tensor | None, before: Tensor) -> bool:
 
 def readable(x: Tensor) -> bool:
     """Whether the elements of `x` are in memory, one after the other."""
-    return x.layout is torch.strided and not x.is_nested and x.device.type != "meta"
+    return x.layout is torch.strided and not x.is_nested and not x.is_quantized and x.device.type != "meta"
 
 
 def _sample(p: Tensor) -> Tensor:
@@ -171,6 +171,7 @@ class CalledWith:
         written = set_to_themselves(model)
         parameters = [p for p in model.parameters() if id(p) not in written]
         self._versions = [(x, version(x)) for x in (*parameters, *model.buffers(), *others)]
+        self._paths = {id(module.__dict__): path for path, module in model.named_modules()}
         self._values = [
             (module.__dict__, name, value)
             for module in model.modules()
@@ -179,6 +180,11 @@ class CalledWith:
         ]
         self._frozen = [p for p in model.parameters() if not p.requires_grad]
         self._dtype = torch.get_default_dtype()
+
+    def settings(self) -> dict[str, str]:
+        """Plain attributes and their values, by path."""
+        found = [(self._paths[id(own)], name, value) for own, name, value in self._values if name != "training"]
+        return {f"attribute {path}{'.' if path else ''}{name}": repr(value) for path, name, value in found}
 
     @contextmanager
     def restored(self) -> Generator[None]:

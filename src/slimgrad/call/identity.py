@@ -18,7 +18,9 @@ from slimgrad.sweep.witness import fetch
 
 
 def identity_of(call: Call, loss_fn: LossFn) -> dict[str, Any]:
-    """Weights, buffers, context by shape, dtype and checksum; sequence by its shape; loss function and software."""
+    """Classes of modules; weights, buffers, context by shape, dtype and checksum; sequence by its shape; loss function
+    and software.
+    """
     model, one = call.model, call.sequences[0]
     tensors = {
         **{f"parameter {name}": p for name, p in model.named_parameters()},
@@ -30,10 +32,12 @@ def identity_of(call: Call, loss_fn: LossFn) -> dict[str, Any]:
         name: f"{x.dtype} {list(x.shape)}{' trainable' if x.requires_grad else ''}, bits {number:x}"
         for (name, x), number in zip(tensors.items(), bits, strict=True)
     }
+    classes = {f"module {path or '(the model)'}": type(module).__qualname__ for path, module in model.named_modules()}
     others = {f"context {name}": repr(x) for name, x in _named(call.context) if not isinstance(x, Tensor)}
     modes = "".join("t" if module.training else "e" for module in model.modules())
     return (
         found
+        | classes
         | others
         | {
             "training modes": modes,

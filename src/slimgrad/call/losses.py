@@ -33,6 +33,11 @@ def token_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
             f"the default loss expects logits [batch, time, classes] and integer targets [batch, time]; got "
             f"{' and '.join(came)}. Pass loss_fn= for anything else"
         )
+    if targets.is_floating_point() or targets.is_complex():
+        raise InputError(
+            f"the default loss expects the numbers of classes as targets, got {targets.dtype}, of which it would take "
+            "the whole part. Pass targets.long(), or loss_fn= for what is not a class"
+        )
     logits = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), ignore_index=IGNORED, reduction="none")
     return losses.view(targets.shape)

@@ -208,9 +208,12 @@ class ChunkProgram:
                 raise InputError(f"loss_fn returned a dict without 'loss'; got the keys {sorted(loss)}")
             loss = loss["loss"]
         self._check_loss(loss, piece.span, outputs)
-        if not self._sums.settled and not self._per_token:
+        if not self._sums.settled:
             with self.shared.autocast(as_called=True):
-                self._sums.require(returned, outputs, piece.targets, self.batch, piece.span, len(self.cut))
+                if self._per_token:
+                    self._sums.require_per_token(outputs, piece.targets, self.batch, piece.span)
+                else:
+                    self._sums.require(returned, outputs, piece.targets, self.batch, piece.span, len(self.cut))
         return ChunkResult(following, [loss], loss, metrics)
 
     def backward(self, span: Span, roots: Sequence[Root], leaves: Sequence[Tensor]) -> None:

@@ -206,7 +206,7 @@ class Segment:
         if self.phase == "closed":
             raise ConsumedError("this segment is done: its gradients are in .grad, and there is nothing to save")
         if self._identity is None:
-            self._identity = identity_of(self._call, self._loss_fn)
+            self._identity = identity_of(self._call, self._loss_fn) | self._called_with.settings()
         leaves, spec = tree.flatten(self._given_state)
         given = [packed_value(name, leaf) for name, leaf in zip(tree.paths(self._given_state), leaves, strict=True)]
         document = {
@@ -264,7 +264,7 @@ class Segment:
             final_state=document.get("to end", True),
         )
         segment._require_savable_sinks()
-        segment._identity = identity_of(segment._call, segment._loss_fn)
+        segment._identity = identity_of(segment._call, segment._loss_fn) | segment._called_with.settings()
         differing = differences(document["identity"], segment._identity)
         if differing:
             raise InputError(

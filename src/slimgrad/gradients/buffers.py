@@ -269,6 +269,12 @@ class Gather:
         Args:
             extra: further (tensor, gradient) pairs, delivered likewise: inputs, context, states.
         """
+        frozen = [name for name, p in self._parameters.items() if not p.requires_grad and not self._sinks.get(name)]
+        if frozen:
+            raise ConsumedError(
+                f"a parameter was frozen since the call began ({', '.join(frozen[:3])}), so that nobody would take its "
+                "gradient. Expected requires_grad as it was until the gradient is there; set p.requires_grad_() again"
+            )
         with uninterrupted(second_passes=False), torch.enable_grad():
             if extra:  # together: they may share a graph, which can be gone through only once, and first: that may fail
                 torch.autograd.backward([tensor for tensor, _ in extra], [gradient for _, gradient in extra])

@@ -38,6 +38,12 @@ class TensorCarrier(Carrier):
 
     def __init__(self, setting: Setting, initial: Tensor) -> None:
         super().__init__(setting)
+        if initial.layout is not torch.strided or initial.is_nested or initial.is_quantized or initial.is_meta:
+            raise ModelError(
+                f"state {self.name} is a tensor whose elements do not lie in memory one after the other (sparse, "
+                "nested, quantised, or on the meta device). Expected a dense one: .to_dense(), .dequantize(), or its "
+                "parts as leaves of the state"
+            )
         self.value = initial.detach().clone(memory_format=torch.contiguous_format)  # a model may write to it
         self._version = 0
         self._leaf: Tensor | None = None

@@ -2,8 +2,9 @@
 
 1. **sweep**: the same chunks in one graph. Differs from the sweep only in the sweep itself: states rolled back, kept or
    recomputed, adjoints carried by hand, gradients gathered. Random draws included, since each chunk has its own seed.
-2. **step**: one call over the whole sequence, in eval mode (no random draws). Differs in the model: a step whose
-   outputs depend on where the sequence was cut fails here.
+2. **step**: one call over the whole sequence; in eval mode if anything is drawn at random in training. Differs in the
+   model: a step whose outputs depend on where the sequence was cut fails here. What a model that draws does in training
+   mode alone is not seen.
 
 The references slice, shift, count and add up on their own, so that a fault of the sweep's in these shows as well. They
 share with it the seed of each chunk and where it is cut.
@@ -53,6 +54,7 @@ from slimgrad.verification.reference import (
     Subject,
     as_verified,
     device_of,
+    draws_anything,
     draws_in_eval_mode,
     in_one_graph,
     loss_that_is_no_sum,
@@ -205,10 +207,10 @@ def _measure(subject: Subject, chunk: int, schedule: Schedule | None) -> _Measur
     with as_verified(subject):
         in_chunks = _swept(subject, chunk, schedule)
         plain = in_one_graph(subject, chunk)
-        was_training = any(module.training for module in subject.model.modules())
+        if not draws_anything(subject):
+            return {"sweep": (in_chunks, plain), "step": (in_chunks, in_one_graph(subject, None))}
         with in_mode(subject.model.modules(), training=False):
-            still = _swept(subject, chunk, schedule) if was_training else in_chunks
-            whole = in_one_graph(subject, None)
+            still, whole = _swept(subject, chunk, schedule), in_one_graph(subject, None)
     return {"sweep": (in_chunks, plain), "step": (still, whole)}
 
 

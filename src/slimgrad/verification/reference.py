@@ -222,23 +222,32 @@ def loss_that_is_no_sum(subject: Subject, chunk: int) -> list[str]:
 
 def draws_in_eval_mode(subject: Subject) -> list[str]:
     """A sentence if the model, or `loss_fn`, draws random numbers with every module in eval mode."""
-    loss_fn = subject.loss_fn or _cross_entropy
     with in_mode(subject.model.modules(), training=False):
-        for program, (inputs, targets) in zip(_programs(subject, None), sequences(subject), strict=True):
-            with program.chunk_context(-1):
-                state = cast(Any, subject.model).initial_state(program.batch)
-            with program.chunk_context(0):
-                before = program.draws()
-                outputs, _ = _step(subject, inputs, state)
-                of_model = program.draws() != before
-                loss_fn(outputs, targets)
-                if program.draws() != before:
-                    return [
-                        f"{'the model' if of_model else 'loss_fn'} draws random numbers in eval mode too, of which one "
-                        "call takes others than chunks do, so that the step check cannot pass. Let functional noise "
-                        "ask for the mode, as F.dropout(x, p, training=self.training), or verify without it"
-                    ]
-    return []
+        who = draws_anything(subject)
+    if not who:
+        return []
+    return [
+        f"{who} draws random numbers in eval mode too, of which one call takes others than chunks do, so that the step "
+        "check cannot pass. Let functional noise ask for the mode, as F.dropout(x, p, training=self.training), or "
+        "verify without it"
+    ]
+
+
+def draws_anything(subject: Subject) -> str:
+    """Who draws random numbers in one call, as it is set: "the model", "loss_fn", or nobody."""
+    loss_fn = subject.loss_fn or _cross_entropy
+    for program, (inputs, targets) in zip(_programs(subject, None), sequences(subject), strict=True):
+        with program.chunk_context(-1):
+            state = cast(Any, subject.model).initial_state(program.batch)
+        with program.chunk_context(0):
+            before = program.draws()
+            outputs, _ = _step(subject, inputs, state)
+            if program.draws() != before:
+                return "the model"
+            loss_fn(outputs, targets)
+            if program.draws() != before:
+                return "loss_fn"
+    return ""
 
 
 def device_of(model: nn.Module) -> torch.device:
