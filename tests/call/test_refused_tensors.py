@@ -83,3 +83,26 @@ def test_backward_hooks_of_modules(model: nn.Module, how: str) -> None:
     finally:
         hook.remove()
     assert sg.backward(model, TOKENS, chunk=9).loss.isfinite()
+
+
+def test_what_an_initial_state_leaves_on_the_model_is_of_its_own_sequence() -> None:
+    """Of a list, whose reverse sweep finds the last one's: refused, and not another loss."""
+
+    class Scaled(GatedRecurrence):
+        scale = 1.0
+
+        def initial_state(self, batch_size: int) -> dict[str, Tensor]:
+            self.scale = 1.0 / batch_size
+            return super().initial_state(batch_size)
+
+        def forward(self, inputs: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            outputs, following = super().forward(inputs, state)
+            return outputs * self.scale, following
+
+    torch.manual_seed(0)
+    model, rows = Scaled().double(), [TOKENS, TOKENS[:1]]
+    expected = sg.evaluate(model, rows, chunk=9).loss
+    loss = sg.loss(model, rows, chunk=9)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-12)
+    with pytest.raises(sg.LossMismatchError):
+        loss.backward()

@@ -61,9 +61,12 @@ class _Swept(torch.autograd.Function):
     def forward(ctx: FunctionCtx, call: Call, *takers: Tensor) -> tuple[Tensor, ...]:
         context = cast(Any, ctx)
         with one_thread_at_a_time(call.model):
-            context.started = [call.start(index, to_end=True) for index in range(len(call.sequences))]
-            for one in context.started:
-                one.run.forward(head=True)
+            context.started = list[Started]()
+            for index in range(
+                len(call.sequences)
+            ):  # each from its own first state on, as the model leaves itself then
+                context.started.append(call.start(index, to_end=True))
+                context.started[-1].run.forward(head=True)
             call.refuse_gathered()
         context.call, context.called_with = call, CalledWith(call.model, [*call.given, *takers])
         context.takers = takers
