@@ -61,12 +61,10 @@ class _Swept(torch.autograd.Function):
     def forward(ctx: FunctionCtx, call: Call, *takers: Tensor) -> tuple[Tensor, ...]:
         context = cast(Any, ctx)
         with one_thread_at_a_time(call.model):
-            context.started = list[Started]()
-            for index in range(
-                len(call.sequences)
-            ):  # each from its own first state on, as the model leaves itself then
-                context.started.append(call.start(index, to_end=True))
-                context.started[-1].run.forward(head=True)
+            started = context.started = list[Started]()
+            for index in range(len(call.sequences)):  # one by one, since a first state may leave something on the model
+                started.append(call.start(index, to_end=True))
+                started[-1].run.forward(head=True)
             call.refuse_gathered()
         context.call, context.called_with = call, CalledWith(call.model, [*call.given, *takers])
         context.takers = takers
