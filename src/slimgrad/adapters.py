@@ -158,7 +158,8 @@ def _refuse_attention(layer: object) -> None:
             "Write its step over a Growing in a forward of your own"
         )
     own = nn.TransformerEncoderLayer
-    replaced = [n for n in ("forward", "_sa_block", "_ff_block") if getattr(layer, n).__func__ is not getattr(own, n)]
+    parts = ("forward", "_sa_block", "_ff_block")
+    replaced = [name for name in parts if getattr(getattr(layer, name), "__func__", None) is not getattr(own, name)]
     if replaced:
         raise InputError(
             f"TransformerLayer: {type(layer).__name__} has its own {', '.join(replaced)}, which the adapter does not "

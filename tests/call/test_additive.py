@@ -218,6 +218,32 @@ def test_losses_of_tokens_that_look_along_time_are_refused(model: nn.Module, nam
     assert losses.shape == (2, 40)
 
 
+def test_a_prompt_that_counts_for_nothing_leaves_the_question_open(model: nn.Module) -> None:
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        losses = F.cross_entropy(outputs.transpose(1, 2), targets, reduction="none")
+        return losses / losses.detach().sum().clamp(min=1)
+
+    masked = LABELS.clone()
+    masked[:, :9] = -100
+    with pytest.raises(sg.InputError, match="loss_fn of tokens 9 to 17 looks along time"):
+        sg.token_loss(model, TOKENS, masked, chunk=9, loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_terms_that_cancel_are_judged_by_their_gradients(model: nn.Module, seed: int) -> None:
+    """Advantages with a mean of zero over the rows, in float32: the loss is rounding, its gradient is not."""
+    torch.manual_seed(seed)
+    advantages = torch.randn(4, 1).expand(4, 40)
+    advantages = (advantages - advantages.mean(0)) / advantages.std(0)
+    tokens = torch.randint(13, (4, 40))
+
+    def loss_fn(outputs: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        chosen = outputs.log_softmax(-1).gather(-1, targets[0][..., None])[..., 0]
+        return -((chosen - chosen.detach()).exp().float() * targets[1].float()).sum()
+
+    sg.backward(model, tokens, (tokens, advantages), chunk=9, loss_fn=loss_fn)
+
+
 @pytest.mark.parametrize("chunk", [8, 9])
 def test_a_metric_along_time_is_refused(model: nn.Module, chunk: int) -> None:
     def loss_fn(outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -63,6 +63,9 @@ def test_a_parameter_that_is_frozen_on_the_way(model: nn.Module) -> None:
     with pytest.raises(sg.ConsumedError, match=f"a parameter was frozen since the call began \\({name}\\)"):
         segment.reverse()
     assert all(p.grad is None for p in model.parameters())
+    parameter.requires_grad_()  # nothing was lost
+    segment.reverse(1 / segment.num_targets)
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("how", ["full", "pre", "of every module"])

@@ -37,6 +37,7 @@ _ELEMENTS = 1 << 20  # of outputs and targets, in all
 # 64 tokens: in float64 at most 5e-16, where the loss casts to float32 3e-7 (8e-6 if signs cancel), to bfloat16 0.015
 _OFF, _OFF_NARROW = 1e-5, 0.1
 _NOISE = 100  # times what another order of the tokens changes; measured: rounding is 3 times that at most
+_ROUNDING = 1e-5  # of a loss whose terms cancel, over the terms
 _ORDER = 1e-3  # over the largest of the losses: more is no rounding of another order (narrow: `_OFF_NARROW`)
 
 
@@ -115,12 +116,31 @@ class SumCheck:
         tokens = _chosen(tensors_within(targets), time, _ELEMENTS // numbers, tensors[0].device)
 
         def asked(wide: bool) -> _Asked | None:
+            taken = list[Tensor]()
+
+            def pick(x: Tensor, index: Tensor) -> Tensor:
+                taken.append(_picked(x, index, wide))
+                return taken[-1]
+
             def loss_of(index: Tensor) -> Any:
-                given = [_with_tensors(leaf, lambda x: _picked(x, index, wide)) for leaf in leaves]
+                taken.clear()
+                given = [_with_tensors(leaf, lambda x: pick(x, index)) for leaf in leaves]
                 assert self._loss_fn is not None
                 return self._loss_fn(*tree.unflatten(given, spec))
 
-            return self._compare_per_token(loss_of, tokens) if per_token else self._compare(loss_of, tokens)
+            def gradients_of(index: Tensor) -> list[tuple[Tensor, Tensor]]:
+                with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):  # also where no graph is kept
+                    loss = _loss(loss_of(index))
+                takers = [x for x in taken if x.requires_grad]
+                found = torch.autograd.grad(loss, takers, allow_unused=True, materialize_grads=True)
+                return [(g, x.detach()) for g, x in zip(found, takers, strict=True)]
+
+            if per_token:
+                return self._compare_per_token(loss_of, tokens)
+            found = self._compare(loss_of, tokens)
+            if found is not None and found.adds_up is False and _cancels(gradients_of, tokens, found):
+                found = found._replace(adds_up=True)
+            return found
 
         device = tensors[0].device.type
         for wide in (True, False) if device != "mps" else (False,):
@@ -171,8 +191,8 @@ class SumCheck:
         """
         if span.stop - span.start == 1 or not self._can_ask:
             return
-        self.settled = True
         asked = self._ask(outputs, targets, batch, span, per_token=True)
+        self.settled = asked is None or asked.adds_up is not None
         if asked is not None and asked.adds_up is False:
             raise InputError(
                 f"loss_fn of {span} looks along time: a token's loss is another when the tokens beside it are others "
@@ -192,7 +212,32 @@ class SumCheck:
             return None
         off = max(float((x - first).abs().max()) for x in (flipped, parts))
         scale, most = float(first.abs().max()), _tolerances(loss_of(tokens))[1]
-        return _Asked(scale, scale, not off > most * scale, None)
+        return _Asked(scale, scale, not off > most * scale if scale else None, None)  # of zeros nothing follows
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _cancels(gradients_of: Callable[[Tensor], list[tuple[Tensor, Tensor]]], tokens: Tensor, asked: _Asked) -> bool:
+    """Whether a loss is the rounding of terms that cancel (advantages with a mean of zero), of which nothing follows,
+    and the gradient of each token is the same whatever tokens are beside it.
+    """
+    half = len(tokens) // 2
+    if not half or not torch.is_grad_enabled():
+        return False
+    try:
+        ways = [gradients_of(index) for index in (tokens, tokens.flip(0), tokens[:half], tokens[half:])]
+    except Exception:  # noqa: BLE001  a loss without a graph, say
+        return False
+    terms = sum(float((g * x).abs().sum()) for g, x in ways[0])
+    if not max(abs(asked.once), abs(asked.twice)) < _ROUNDING * terms:
+        return False
+    for (x, _), (y, _), (a, _), (b, _) in zip(*ways, strict=True):
+        most = _ORDER * float(x.abs().max())
+        if not all(bool((x - other).abs().max() <= most) for other in (y.flip(1), torch.cat([a, b], 1))):
+            return False
+    return True
 
 
 def _tolerances(loss: Tensor) -> tuple[float, float]:

@@ -171,7 +171,6 @@ class CalledWith:
         written = set_to_themselves(model)
         parameters = [p for p in model.parameters() if id(p) not in written]
         self._versions = [(x, version(x)) for x in (*parameters, *model.buffers(), *others)]
-        self._paths = {id(module.__dict__): path for path, module in model.named_modules()}
         self._values = [
             (module.__dict__, name, value)
             for module in model.modules()
@@ -181,10 +180,11 @@ class CalledWith:
         self._frozen = [p for p in model.parameters() if not p.requires_grad]
         self._dtype = torch.get_default_dtype()
 
-    def settings(self) -> dict[str, str]:
-        """Plain attributes and their values, by path."""
-        found = [(self._paths[id(own)], name, value) for own, name, value in self._values if name != "training"]
-        return {f"attribute {path}{'.' if path else ''}{name}": repr(value) for path, name, value in found}
+    def settings(self, model: nn.Module) -> dict[str, str]:
+        """Attributes that are numbers, and their values, by path. Words (the name of a run) decide little."""
+        paths = {id(module.__dict__): f"{path}." if path else "" for path, module in model.named_modules()}
+        found = [x for x in self._values if x[1] != "training" and isinstance(x[2], int | float | tuple)]
+        return {f"attribute {paths[id(own)]}{name}": repr(value) for own, name, value in found}
 
     @contextmanager
     def restored(self) -> Generator[None]:
@@ -248,8 +248,9 @@ def set_to_themselves(model: nn.Module) -> set[int]:
     """The ids of parameters that the model says it sets to their own values while it runs, which counts as a write:
     `torch.nn.utils.parametrize.register_parametrization` within forward does so.
     """
-    found = getattr(model, "set_to_themselves", list[Tensor])
-    return {id(p) for p in cast(Any, found)()}
+    if not hasattr(model, "set_to_themselves"):
+        return set()
+    return {id(p) for p in cast(Any, model).set_to_themselves()}
 
 
 def refuse_by_options(model: nn.Module, takes_gradient: Callable[[Tensor], bool]) -> set[int]:

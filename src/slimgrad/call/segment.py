@@ -156,6 +156,8 @@ class Segment:
             raise InputError(f"loss_grad: expected one number, got a tensor of shape {list(loss_grad.shape)}")
         if self.phase == "swept":
             self._loss_grad = 1.0 / max(self.num_targets, 1) if loss_grad is None else float(loss_grad)
+        if self._call.gather is not None:
+            self._call.gather.refuse_frozen()
         with one_thread_at_a_time(self._call.model):
             with self._called_with.restored():
                 adjoint = self._reverse(final_state_grad)
@@ -206,7 +208,7 @@ class Segment:
         if self.phase == "closed":
             raise ConsumedError("this segment is done: its gradients are in .grad, and there is nothing to save")
         if self._identity is None:
-            self._identity = identity_of(self._call, self._loss_fn) | self._called_with.settings()
+            self._identity = identity_of(self._call, self._loss_fn) | self._called_with.settings(self._call.model)
         leaves, spec = tree.flatten(self._given_state)
         given = [packed_value(name, leaf) for name, leaf in zip(tree.paths(self._given_state), leaves, strict=True)]
         document = {
@@ -264,7 +266,7 @@ class Segment:
             final_state=document.get("to end", True),
         )
         segment._require_savable_sinks()
-        segment._identity = identity_of(segment._call, segment._loss_fn) | segment._called_with.settings()
+        segment._identity = identity_of(segment._call, segment._loss_fn) | segment._called_with.settings(model)
         differing = differences(document["identity"], segment._identity)
         if differing:
             raise InputError(

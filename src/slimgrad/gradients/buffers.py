@@ -251,6 +251,15 @@ class Gather:
             stand_in.grad = stand_in.grad.to_dense()
         return stand_in.grad
 
+    def refuse_frozen(self) -> None:
+        """Raise where a parameter would not take its gradient any more."""
+        frozen = [name for name, p in self._parameters.items() if not p.requires_grad and name not in self._sinks]
+        if frozen:
+            raise ConsumedError(
+                f"a parameter was frozen since the call began ({', '.join(frozen[:3])}), so that nobody would take its "
+                "gradient. Expected requires_grad as it was until the gradient is there"
+            )
+
     def take(self) -> dict[str, Tensor | None]:
         """Hand out what has gathered, by parameter name, in the parameter's own dtype; None where nothing came."""
         taken: dict[str, Tensor | None] = {}
@@ -269,12 +278,7 @@ class Gather:
         Args:
             extra: further (tensor, gradient) pairs, delivered likewise: inputs, context, states.
         """
-        frozen = [name for name, p in self._parameters.items() if not p.requires_grad and not self._sinks.get(name)]
-        if frozen:
-            raise ConsumedError(
-                f"a parameter was frozen since the call began ({', '.join(frozen[:3])}), so that nobody would take its "
-                "gradient. Expected requires_grad as it was until the gradient is there; set p.requires_grad_() again"
-            )
+        self.refuse_frozen()
         with uninterrupted(second_passes=False), torch.enable_grad():
             if extra:  # together: they may share a graph, which can be gone through only once, and first: that may fail
                 torch.autograd.backward([tensor for tensor, _ in extra], [gradient for _, gradient in extra])

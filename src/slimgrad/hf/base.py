@@ -77,8 +77,7 @@ class BaseForward(InstanceForward):
             starts_anywhere=self.certificate.starts_anywhere,
         )
         step.prepare()
-        if self.checked is not None and made_of(self.module.modules()).keys() - self.checked.keys():
-            self.check(self.module)
+        self._check_what_is_new()
         step.routes = bool(given.get("output_router_logits", getattr(config, "output_router_logits", False)))
         outputs = self.swept(batch.sequences)
         hidden = batch.assembled([one["last_hidden_state"] for one in outputs])
@@ -113,6 +112,18 @@ class BaseForward(InstanceForward):
                 f"the attention function {own!r} is none of transformers' own, and the model was enabled with another. "
                 "Expected slimgrad.hf.disable(model), and slimgrad.hf.enable(model) with that attention set"
             )
+
+    def _check_what_is_new(self) -> None:
+        if self.checked is None:
+            return
+        made = made_of(self.module.modules())
+        if made.keys() - self.checked.keys():
+            self.check(self.module)
+        self.checked = made  # what was removed is let go
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was checked: a copy is checked anew, unless it is never to be."""
+        return vars(self) | {"checked": None if self.checked is None else {}}
 
     def check(self, model: nn.Module) -> None:
         """Compare the model itself, with what has been put on it, whole and in chunks (see `smoke`): when it is

@@ -232,7 +232,8 @@ def _document_starts(
     named = ""
     if positions is not None:
         jumps = positions[:, 1:] != positions[:, :-1] + 1
-        if bool((positions[:, 1:] > positions[:, :-1] + 1).any()):
+        forward = positions[:, 1:] > positions[:, :-1] + 1
+        if bool((forward if mask is None else forward & mask[:, 1:]).any()):
             raise InputError(
                 "position_ids jump forward within a row, which says neither that it is one document nor where another "
                 "begins (transformers takes it for both, by whether there is a cache). Expected positions that rise by "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from typing import Any, cast
 
 import torch
@@ -21,8 +21,6 @@ from slimgrad.hf.instance import InstanceForward, is_bare
 from slimgrad.hf.put_on import made_of
 from slimgrad.hf.smoke import head_agrees, is_elsewhere
 from slimgrad.states.values import is_plain_value
-
-logger = logging.getLogger("slimgrad")
 
 
 class CausalForward(InstanceForward):
@@ -77,7 +75,8 @@ class CausalForward(InstanceForward):
         """
         if given.get("labels") is None or self.certificate.head == "whole" or self.previous is not None:
             return False
-        if any(map(backward_hooks, self._outside())):  # they want the gradient of the whole
+        outside = self._outside()
+        if any(map(backward_hooks, outside)):  # they want the gradient of the whole
             return False
         path = self.certificate.base.split(".")
         between = [self.module.get_submodule(".".join(path[:n])) for n in range(1, len(path))]
@@ -93,38 +92,46 @@ class CausalForward(InstanceForward):
         keeps = given.pop("logits_to_keep", 0)
         named = getattr(self.module, "loss_function", ForCausalLMLoss)
         usual = named is ForCausalLMLoss and "ignore_index" not in given and isinstance(keeps, int) and keeps == 0
-        return usual and self._is_as_in_pieces()
+        return usual and self._is_as_in_pieces(outside)
 
     def _outside(self) -> list[nn.Module]:
         """The modules beside the base: the head, and what is between."""
         below = set(self.base.module.modules())
         return [module for module in self.module.modules() if module is not self.module and module not in below]
 
-    def _is_as_in_pieces(self) -> bool:
+    def _is_as_in_pieces(self, outside: list[nn.Module]) -> bool:
         """Whether the head in pieces gives what the model itself computes, with what has been put on it: compared again
-        whenever that is new.
+        whenever that is another.
         """
-        outside = self._outside()
         if self.base.checked is None or any(is_elsewhere(p) for module in outside for p in module.parameters()):
             return True
         own = {name: x for name, x in vars(self.module).items() if name != "training" and is_plain_value(x)}
         made = made_of(outside) | {id(f): f for f in [type(self.module).forward]}
-        if self.looked_at is None or made.keys() - self.looked_at[0].keys() or own != self.looked_at[1]:
-            self.looked_at = made, own
+        if self.looked_at is None or made.keys() != self.looked_at[0].keys() or own != self.looked_at[1]:
             reason = "its loss or its logits are others in one piece than in several"
             try:
                 self.agrees = head_agrees(
                     self.base.module,
                     cast(Any, self.module).get_output_embeddings(),
                     lambda hidden, labels: self._around(hidden, labels=labels).loss,
-                    lambda hidden, labels: self._mean(hidden, self._targets(labels)),
-                    self.logits_of,
+                    lambda hidden, labels: self._mean(self._past_base(hidden), self._targets(labels)),
+                    None if self._is_linear() else self.logits_of,
                 )
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
             except Exception as error:  # noqa: BLE001  # a head that cannot be taken so is taken whole
                 self.agrees, reason = False, f"{type(error).__name__}: {error}"
+            self.looked_at = made, own
             if not self.agrees:
-                logger.info("%s: the head is taken whole (%s)", type(self.module).__name__, reason)
+                warnings.warn(
+                    f"the head of {type(self.module).__name__} is taken whole, with all its logits: {reason}",
+                    stacklevel=2,
+                )
         return self.agrees
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was looked at: a copy is looked at anew."""
+        return vars(self) | {"looked_at": None}
 
     def _summed(self, hidden: Tensor, targets: Tensor) -> Tensor:
         head = cast(Any, self.module).get_output_embeddings()
@@ -144,6 +151,14 @@ class CausalForward(InstanceForward):
     def logits_of(self, hidden: Tensor) -> Tensor:
         """The model's own head, of hidden states `[batch, time, width]`."""
         return self._around(hidden).logits
+
+    def _past_base(self, hidden: Tensor) -> Tensor:
+        """What hooks on the base make of its hidden states."""
+        self.base.handed_out = hidden
+        try:
+            return self.base.module(inputs_embeds=hidden).last_hidden_state
+        finally:
+            self.base.handed_out = None
 
     def _around(self, hidden: Tensor, **given: Any) -> Any:
         """The model's own forward around a base that hands out `hidden`, whatever it is given."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
 from typing import Any, cast
 
 import torch
@@ -15,42 +15,37 @@ _SHARE = 0.75  # of the way from the least to the most, so that what is symmetri
 class ConstantDraws(TorchDispatchMode):
     """Within it dropout keeps everything, and every number that is drawn is the same one.
 
-    Args:
-        zeroed: what becomes zero instead, by operation and number of elements.
-
     Attributes:
-        seen: what was drawn, by operation and number of elements.
+        seen: how often something was drawn, by operation and number of elements.
         others: whether there were draws of another kind, which stay random.
     """
 
-    def __init__(self, zeroed: Collection[tuple[str, int]] = ()) -> None:
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
         super().__init__()
-        self._zeroed = zeroed
-        self.seen: set[tuple[str, int]] = set()
+        self.seen: Counter[tuple[str, int]] = Counter()
         self.others = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         own_generator = kwargs.get("generator") is not None  # as the seeds of chunks
-        if torch.Tag.nondeterministic_seeded not in func.tags or own_generator:
+        if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()) or own_generator:
             return func(*args, **kwargs)
         name = cast(str, func.overloadpacket.__name__)
         if name.startswith("_scaled_dot_product") and not _dropout_of(func, args, kwargs):
             return func(*args, **kwargs)
         if name == "native_dropout":
             x = cast(Tensor, args[0])
-            self.seen.add((name, x.numel()))
-            kept = torch.full_like(x, (name, x.numel()) not in self._zeroed, dtype=torch.bool)
-            return x * kept, kept
+            self.seen[name, x.numel()] += 1
+            return x.clone(), torch.ones_like(x, dtype=torch.bool)
         found = func(*args, **kwargs)
         constant = _constant(name, args, kwargs)
         if constant is None or not isinstance(found, Tensor):
             self.others = True
             return found
         if found.numel():
-            self.seen.add((name, found.numel()))
-        if (name, found.numel()) in self._zeroed:
-            return found.zero_()
+            self.seen[name, found.numel()] += 1
         return found.copy_(constant) if isinstance(constant, Tensor) else found.fill_(constant)
 
 

@@ -32,9 +32,10 @@ from slimgrad.hf.put_on import nothing_captured
 from slimgrad.hf.rope import depends_on_length
 from slimgrad.hf.step import BaseStep
 from slimgrad.modes import in_mode
+from slimgrad.sweep.cut import Cut
 from slimgrad.sweep.random import seeded
 
-_TOKENS, _CHUNK = 64, 23  # what is drawn per token is of 64 and 23, which no other sizes make equal
+_TOKENS, _CHUNK = 67, 23  # primes: what is drawn for each token is of other sizes whole than in chunks
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _TIMES_YARDSTICK = 10
 _HEAD_SHAPE = 2, 24  # rows, tokens
@@ -92,7 +93,7 @@ def is_elsewhere(x: Tensor) -> bool:
     return x.device.type == "meta" or hasattr(x, "device_mesh")
 
 
-def head_agrees(base: nn.Module, head: Any, whole: LossOf, pieces: LossOf, logits_of: LogitsOf) -> bool:
+def head_agrees(base: nn.Module, head: Any, whole: LossOf, pieces: LossOf, logits_of: LogitsOf | None) -> bool:
     """Whether the head in pieces gives the model's own loss, and its logits do not look across tokens.
 
     What the loss depends on beside the configuration (a subclass' attribute, a hook on the head, a replaced head) shows
@@ -102,7 +103,7 @@ def head_agrees(base: nn.Module, head: Any, whole: LossOf, pieces: LossOf, logit
         base: the base model.
         head: its output embeddings, or None.
         whole, pieces: both losses of hidden states `[batch, time, width]` and labels `[batch, time]`.
-        logits_of: the model's own head.
+        logits_of: the model's own head; None: a linear layer, of which there is nothing to see.
 
     Raises:
         Exception: what any of these raises.
@@ -119,8 +120,11 @@ def head_agrees(base: nn.Module, head: Any, whole: LossOf, pieces: LossOf, logit
     labels = torch.arange(rows * time, device=weight.device).view(rows, time) % config.vocab_size
     with as_it_was(base), seeded(0, weight.device), ConstantDraws():
         with torch.no_grad():
-            own, logits = whole(hidden, labels), logits_of(hidden)
-            parts = torch.cat([logits_of(x) for x in hidden.split(time // 2 + 1, 1)], 1)
+            own = whole(hidden, labels)
+            logits = parts = hidden
+            if logits_of is not None:
+                logits = logits_of(hidden)
+                parts = torch.cat([logits_of(x) for x in hidden.split(time // 2 + 1, 1)], 1)
         with torch.enable_grad():  # with a graph, in which a gradient that would be lost is found
             found = pieces(hidden.requires_grad_(), labels)
     is_wide = logits.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(weight.device.type)
@@ -139,8 +143,9 @@ def _passes(inner: nn.Module, step: BaseStep, *, training: bool) -> tuple[Tensor
     """Hidden states whole, whole in other ways, and in chunks; None where draws of training mode stay random."""
     base, device = step.base, next(step.base.parameters()).device
     whole, parts = ConstantDraws(), ConstantDraws()
-    # layers of bitsandbytes repack their weights for good when they run in eval mode on a CPU
+    # bitsandbytes repacks weights for good when it runs in eval mode on a CPU; statistics may be frozen on purpose
     modules = [m for m in base.modules() if not type(m).__module__.startswith("bitsandbytes")]
+    modules = [m for m in modules if not isinstance(m, nn.modules.batchnorm._NormBase)]  # pyright: ignore[reportPrivateUsage]
     with ExitStack() as stack:
         for one in (torch.no_grad(), as_it_was(base), seeded(0, device), _without_checkpointing(base)):
             stack.enter_context(one)
@@ -148,34 +153,45 @@ def _passes(inner: nn.Module, step: BaseStep, *, training: bool) -> tuple[Tensor
             stack.enter_context(in_mode(modules, training=training))
         if "torch._dynamo" in sys.modules:  # compiled code has no place for other draws
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(nothing_captured(base))
         inputs = {"input_ids": _tokens(step, device)}
+        total = inputs["input_ids"].shape[1]
+        stack.enter_context(nothing_captured(base, {total, _CHUNK, total % _CHUNK, total % _CHUNK + _CHUNK}))
         state = None
         if depends_on_length(base):
             state = {**step.initial_state(1), "total": inputs["input_ids"].shape[1]}
         with whole if training else nullcontext():
-            own, *others = [_whole(step, inputs, way) for way in _ways(inner)]
+            own = _whole(step, inputs, None)
+        with ConstantDraws() if training else nullcontext():
+            others = [_whole(step, inputs, way) for way in _ways(inner)]
             with _rounding_at_random(base):
                 others.append(_whole(step, inputs, None))
         with parts if training else nullcontext():
             chunks = api.outputs(step, inputs, chunk=_CHUNK, state=state)["last_hidden_state"]
-        shared = whole.seen & parts.seen
-        if shared:
-            with ConstantDraws(zeroed=shared):
-                if torch.equal(_whole(step, inputs, None), own):  # which decide nothing: of a layer drop of zero
-                    shared.clear()
         chunks = chunks.clone()
         own, others = own.clone(), [x.clone() for x in others]  # a hook may have been handed these themselves
+    shared = _once_for_a_sequence(whole, parts, len(Cut(total, _CHUNK)), step.config)
+    if shared:
+        raise ModelError(
+            f"this {type(inner).__name__} draws something at random once for a whole sequence ({', '.join(shared)}): a "
+            "layer that is dropped (layerdrop, module_dropout), a mask of weights, or one that all tokens share. Each "
+            "chunk would draw it anew. Expected draws per token, or none: set that dropout to zero"
+        )
     if whole.others or parts.others:
         return None
-    if shared:
-        names = ", ".join(sorted({name for name, _ in shared}))
-        raise ModelError(
-            f"this {type(inner).__name__} draws something at random once for a whole sequence ({names}): a layer that "
-            "is dropped (layerdrop, module_dropout), a mask of weights, or one that all tokens share. Each chunk would "
-            "draw it anew. Expected draws per token, or none: set that dropout to zero"
-        )
     return own, others, chunks
+
+
+def _once_for_a_sequence(whole: ConstantDraws, parts: ConstantDraws, chunks: int, config: Any) -> list[str]:
+    """The operations that drew as many numbers in each chunk as in the whole pass.
+
+    Models that may drop layers draw for each of them, also where the probability is zero.
+    """
+    found = {key: times for key, times in whole.seen.items() if parts.seen[key] >= times * chunks}
+    names = [name for name in vars(config) if name.endswith("layerdrop")]
+    if names and not any(getattr(config, name) for name in names):
+        layers = int(config.get_text_config().num_hidden_layers)
+        found = {key: times for key, times in found.items() if key != ("rand", 1) or times > layers}
+    return sorted({name for name, _ in found})
 
 
 @contextmanager
@@ -225,14 +241,14 @@ def _tokens(step: BaseStep, device: torch.device) -> Tensor:
     return tokens if padding is None else tokens.masked_fill(tokens == padding, (padding + 1) % config.vocab_size)
 
 
-def _ways(inner: nn.Module) -> list[str | None]:
-    """Its own attention (None), and another."""
+def _ways(inner: nn.Module) -> list[str]:
+    """Other attention that is right as well, beside the model's own."""
     own = cast(Any, inner).config._attn_implementation
     if not is_transformers_own(own):  # it may compute what no other does
-        return [None]
+        return []
     if own != "eager":
-        return [None, "eager"]
-    return [None, "sdpa"] if getattr(inner, "_supports_sdpa", False) else [None]
+        return ["eager"]
+    return ["sdpa"] if getattr(inner, "_supports_sdpa", False) else []
 
 
 def _whole(step: BaseStep, inputs: dict[str, Tensor], attention: str | None) -> Tensor:
