@@ -267,12 +267,20 @@ def test_backward_hooks_are_refused_below_the_head() -> None:
     gradients(model, input_ids=IDS, labels=IDS)
 
 
-@pytest.mark.parametrize("use", ["a loss", "a target"])
+@pytest.mark.parametrize("use", ["a loss", "attention weights", "an input", "a target"])
 def test_outputs_of_our_own_look_that_a_hook_kept(use: str) -> None:
-    model, kept = enable(large(llama())), list[Tensor]()
-    model.model.layers[0].register_forward_hook(lambda module, args, out: kept.append(out))
+    model, kept = enable(large(llama(attn_implementation="eager"))), list[Tensor]()
+    layer = model.model.layers[0]
+    if use == "attention weights":
+        layer.self_attn.register_forward_hook(lambda module, args, out: kept.append(out[1]))
+    elif use == "an input":  # which transformers passes by name
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, given: kept.append(given["hidden_states"]), with_kwargs=True
+        )
+    else:
+        layer.register_forward_hook(lambda module, args, out: kept.append(out))
     loss = model(input_ids=IDS, labels=IDS).loss
-    if use == "a loss":
+    if use != "a target":
         with pytest.raises(ModelError, match="kept an output of slimgrad's own look"):
             (loss + kept[0].pow(2).mean()).backward()
     else:

@@ -39,7 +39,7 @@ def enable(
         schedule: how states are found again (see docs/schedules.md); `Rebuild(rows="host")` keeps keys and values in
             host memory.
         certificate: of `certify`; None: looked up, or made in about two seconds.
-        check: also compare the model itself, with its weights and what has been put on it, whole and in chunks, over 64
+        check: also compare the model itself, with its weights and what has been put on it, whole and in chunks, over 67
             tokens forward (see `smoke`).
 
     Returns:

@@ -5,7 +5,7 @@ Adapters, trainers and users do that at any time, also after `enable`. Whatever 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterable
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ def _forward_hooks(module: nn.Module) -> tuple[_Hooks, _Hooks]:
 
 
 @contextmanager
-def nothing_captured(model: nn.Module, lengths: Collection[int]) -> Generator[None]:
+def nothing_captured(model: nn.Module, lengths: set[int]) -> Generator[None]:
     """What hooks of others keep of a pass within the block is of no use after it: NaN, and a gradient into it raises.
     It would pass for an output of the user's own tokens.
 
@@ -48,7 +48,7 @@ def nothing_captured(model: nn.Module, lengths: Collection[int]) -> Generator[No
 
     def note(module: nn.Module, *given: Any) -> None:
         found = [x for x in _tensors(given) if x.is_floating_point() and x.dim() > 1 and len(x) == 1]
-        found = [x for x in found if x.shape[1] in lengths and x.untyped_storage().data_ptr() not in lasting]
+        found = [x for x in found if lengths & {*x.shape[1:]} and x.untyped_storage().data_ptr() not in lasting]
         seen.update((id(x), x) for x in found)
 
     hooked = [module for module in model.modules() if any(_forward_hooks(module))]

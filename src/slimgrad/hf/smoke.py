@@ -59,7 +59,7 @@ def require_same_outputs(inner: nn.Module, step: BaseStep) -> None:
         ModelError: they differ by more than rounding, its layers are not those of its configuration, or it draws
             something once for a whole sequence.
 
-    Cost: five forward passes over 64 tokens, ten where draws are not known to be any of torch's usual ones.
+    Cost: five forward passes over 67 tokens, ten where draws are not known to be any of torch's usual ones.
     """
     refuse_layers_unlike(inner)
     if any(map(is_elsewhere, step.base.parameters())):
