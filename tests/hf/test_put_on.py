@@ -43,13 +43,12 @@ IDS = tokens()
 
 
 def both(model: Any, put_on: Callable[[Any], object] = lambda model: None, **given: Any) -> float:
-    """The error of the gradients with `enable`, after which something is put on, against without."""
-    other = large(llama()) if model is None else model
-    put_on(other)
-    expected = gradients(other, **given)
-    enable(other)
-    got = gradients(other, **given)
-    assert sweeps(other) == 1
+    """Put something on a model: the error of its gradients with `enable` against without."""
+    put_on(model)
+    expected = gradients(model, **given)
+    enable(model)
+    got = gradients(model, **given)
+    assert sweeps(model) == 1
     assert got[0] == pytest.approx(expected[0], rel=1e-12, nan_ok=True)
     return worst(got[1], expected[1])
 
