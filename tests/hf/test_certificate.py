@@ -481,3 +481,11 @@ def test_widened_tensors_are_float64_without_a_default_dtype() -> None:
 def test_what_is_no_model_of_transformers_is_refused() -> None:
     with pytest.raises(ModelError, match="expected a transformers model, got Linear"):
         slimgrad.hf.certify(torch.nn.Linear(2, 2))
+
+
+def test_numbers_that_the_default_dtype_does_not_hold() -> None:
+    """XGLM fills a mask with the least number of its scores' dtype, and names none."""
+    with comparing.widened():
+        assert torch.full((), torch.finfo(torch.float64).min).item() == torch.finfo(torch.float64).min
+        assert torch.full((2,), fill_value=1.5).dtype == torch.float64
+        assert torch.full((2,), 3).dtype == torch.int64

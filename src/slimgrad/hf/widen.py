@@ -28,6 +28,8 @@ class _Widened(TorchFunctionMode):
         if func in _CASTS:
             return args[0].double()
         wide = {name: torch.float64 if _is_narrow(x) else x for name, x in (kwargs or {}).items()}
+        if func is torch.full and wide.get("dtype") is None and type(wide.get("fill_value", args[-1])) is float:
+            wide["dtype"] = torch.float64  # of the default one, the least of all numbers is none
         found = func(*[torch.float64 if _is_narrow(x) else x for x in args], **wide)
         return found.double() if type(found) is torch.Tensor and found.dtype in _NARROW else found
 
